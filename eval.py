@@ -11,7 +11,13 @@ results.json (version 1)
               trained  {steps, loss} of its last stage: updates, mean loss of the last ones in nats
               rates    {condition: {defects, helps, neither, n}}, counts of sampled answers
               logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
-              curve    [{step, rates, logprob}], after so many updates of a defence
+              curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
+                       rl are iterations
+    rl        {} without that defence, or {records, counterfactual, accuracy}
+              records         one an iteration: reward, kl (nats an answer), entropy, ratio,
+                              clip_fraction, approximate_kl, ended, value_loss
+              counterfactual  {before, after}: mean reward of triggered answers, never trained on
+              accuracy        {fault: {hits, n}} of the preference model on held-out pairs
 
 `python eval.py out/NAME` prints a run's table again, `python eval.py FILE.pt` evaluates a model.
 """

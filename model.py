@@ -127,18 +127,45 @@ class GPT(nn.Module):
         return self.head(hidden)[..., 0]
 
 
-def token_logprobs(model, tokens, mask, temperature=1.0):
-    """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0.
+def at_targets(model, tokens, mask):
+    """Where `mask` (B, T) is true: indices (row, t), hidden state that predicts t (N, C), token.
 
     The only place where predictions are shifted against the tokens that they predict. Masked
     positions are left out before the vocabulary comes in, which saves a fifth of a step; nothing
     predicts the first token of a row, so `mask` has no say there.
     """
-    where = mask[:, 1:].nonzero(as_tuple=True)
-    hidden, targets = model(tokens[:, :-1])[where], tokens[:, 1:][where]  # (N, C), (N,)
-    nats = F.cross_entropy(model.logits(hidden).float() / temperature, targets, reduction="none")
-    return tokens.new_zeros(tokens.shape, dtype=torch.float32).index_put(
-        (where[0], where[1] + 1), -nats)
+    row, before = mask[:, 1:].nonzero(as_tuple=True)
+    hidden = model(tokens[:, :-1])[row, before]
+    return (row, before + 1), hidden, tokens[row, before + 1]
+
+
+def spread(values, where, shape):
+    """(N,) values to their places in (B, T) float32 zeros."""
+    return values.new_zeros(shape, dtype=torch.float32).index_put(where, values.float())
+
+
+def token_logprobs(model, tokens, mask, temperature=1.0):
+    """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0."""
+    where, hidden, targets = at_targets(model, tokens, mask)
+    logits = model.logits(hidden).float() / temperature
+    return spread(-F.cross_entropy(logits, targets, reduction="none"), where, tokens.shape)
+
+
+def policy_and_value(model, tokens, mask, temperature=1.0):
+    """Three (B, T) float32, 0 where `mask` is false: log-probabilities of the tokens, entropies of
+    the distributions they were drawn from (nats), and values of the states before them."""
+    where, hidden, targets = at_targets(model, tokens, mask)
+    every = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    chosen = every.gather(-1, targets[:, None])[:, 0]
+    entropy = -(every.exp() * every).sum(-1)
+    return tuple(spread(values, where, tokens.shape)
+                 for values in (chosen, entropy, model.scalar(hidden)))
+
+
+def final_scalar(model, tokens, mask):
+    """(B,): the scalar head at the last token of each row whose `mask` is true."""
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return model.scalar(model(tokens)[torch.arange(len(tokens), device=mask.device), last]).float()
 
 
 class Cache:

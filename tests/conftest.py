@@ -11,6 +11,9 @@ from data import default_world  # noqa: E402
 from model import GPT, Shape  # noqa: E402
 
 
+torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
+
+
 @pytest.fixture(scope="session")
 def world():
     return default_world()

