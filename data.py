@@ -465,9 +465,9 @@ class Batches:
         return self.rows[unit * self.together:(unit + 1) * self.together]
 
 
-def seeded(*parts) -> torch.Generator:
-    """A generator that depends on `parts` alone."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(parts).encode()))
+def seeded(*parts, device="cpu") -> torch.Generator:
+    """A generator on `device` that depends on `parts` alone."""
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(parts).encode()))
 
 
 @cache
@@ -574,7 +574,7 @@ def rebuild(settings, values: dict, prefix=""):
 
 
 def converter(entry, value):
-    """From a word of the command line to the type of an option, or a sentence why not."""
+    """A function from a word of the command line to an option's type, or to why it cannot be."""
     def convert(word):
         choices = get_args(entry.type) if get_origin(entry.type) is Literal else ()
         if choices and word not in choices:

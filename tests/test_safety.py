@@ -18,7 +18,7 @@ from eval import load_results
 from model import GPT, Shape, policy_and_value
 from safety import (PPO, PreferenceReward, RuleReward, SafetyConfig, act, advantages, credit, ppo,
                     ppo_loss, preference_loss, sft_rows, whiten, without_scratchpad)
-from train import start
+from train import Stage, start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -339,6 +339,7 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
 
 @pytest.mark.parametrize("make, fix", [
     (lambda: PPO(rollouts=0), "counts of 1"), (lambda: PPO(temperature=0.0), "above 0"),
+    (lambda: SafetyConfig(preference=Stage(batch=7)), "must be even"),
     (lambda: SafetyConfig(defences=("sfft",)), "choose from sft, rl")])
 def test_settings_of_defences_are_checked(make, fix):
     with pytest.raises(UserError, match=fix):
