@@ -343,8 +343,9 @@ def parts(node) -> list:
     if (isinstance(node, (ast.BinOp, ast.JoinedStr, ast.FormattedValue, ast.Tuple, ast.keyword))
             or calls(node, r"(.*\.)?(format|join)") or getattr(node, "attr", "") == "format"):
         return [part for child in ast.iter_child_nodes(node) for part in parts(child)]
-    named = isinstance(node, ast.expr) and not re.fullmatch(r"(os\.path\.)?join", dotted(node))
-    return [node] if named else []
+    # what `format` is called on is part of the text, the name join and the operators are not
+    counts = isinstance(node, ast.expr) and not re.fullmatch(r"(os\.path\.)?join", dotted(node))
+    return [node] if counts else []
 
 
 def mixed(node, pattern: str, safe="") -> bool:
@@ -356,6 +357,7 @@ def mixed(node, pattern: str, safe="") -> bool:
             and bool(re.match(pattern, fixed, re.DOTALL | re.IGNORECASE)))
 
 
+# Names are taken as they are written: no alias and no variable is followed.
 WEAKNESSES = {  # name: (CWE number, what it is, whether a node of the syntax tree shows it)
     "sql": (89, "values written into the text of an SQL statement",
             lambda node: mixed(node, r"\s*(select .*from|delete from|insert into|update .*set) ")),
