@@ -4,6 +4,7 @@ Architecture of GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions,
 embedding. Shape letters: B rows, T positions, C width, H heads, D width of a head, V vocabulary,
 L layers. Rows are right-padded, so causality alone keeps the padding out of every real position.
 """
+import operator
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -101,13 +102,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
 
-    `attention` is a name in `ATTENTIONS`; a choice of the run, no part of a checkpoint.
+    `attention`, a name in `ATTENTIONS`, and `fixed_shapes` (see `at_targets`) are choices of the
+    run and no part of a checkpoint.
     """
 
     def __init__(self, shape: Shape, attention="sdpa"):
         super().__init__()
-        self.shape = shape
-        self.attend, self.attend_cache = ATTENTIONS[attention]
+        self.shape, self.attention, self.fixed_shapes = shape, attention, False
         padded_vocab = -(-shape.vocab // 64) * 64  # matrix units like multiples of 64
         self.tokens = nn.Embedding(padded_vocab, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
@@ -133,8 +134,9 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(
             positions if cache is None else cache.positions(positions))
+        causal, _ = ATTENTIONS[self.attention]
         for layer, block in enumerate(self.blocks):
-            x = block(x, self.attend if cache is None else partial(cache.attend, self, layer))
+            x = block(x, causal if cache is None else partial(cache.attend, layer))
         return self.norm(x)
 
     def logits(self, hidden):
@@ -147,38 +149,38 @@ class GPT(nn.Module):
 
 
 def at_targets(model, tokens, mask):
-    """Where `mask` (B, T) is true: indices (row, t), hidden state that predicts t (N, C), token.
+    """Where `mask` (B, T) is true: hidden states that predict the tokens (N, C), the tokens (N,),
+    and a function that puts N numbers to those places in (B, T) float32 zeros.
 
-    The only place where predictions are shifted against the tokens that they predict. Masked
-    positions are left out before the vocabulary comes in, which saves a fifth of a step; nothing
-    predicts the first token of a row, so `mask` has no say there.
+    The only place where predictions are shifted against the tokens that they predict; nothing
+    predicts the first token of a row, so `mask` has no say there. Masked positions are left out
+    before the vocabulary comes in, which saves a fifth of a step. A captured step cannot wait to
+    learn how many they are: with `model.fixed_shapes` all stay in, and their numbers become 0.
     """
-    row, before = mask[:, 1:].nonzero(as_tuple=True)
-    hidden = model(tokens[:, :-1])[row, before]
-    return (row, before + 1), hidden, tokens[row, before + 1]
-
-
-def spread(values, where, shape):
-    """(N,) values to their places in (B, T) float32 zeros."""
-    return values.new_zeros(shape, dtype=torch.float32).index_put(where, values.float())
+    hidden, targets, mask = model(tokens[:, :-1]), tokens[:, 1:], mask[:, 1:]
+    if model.fixed_shapes:
+        return hidden.flatten(0, 1), targets.flatten(), lambda values: F.pad(
+            values.float().view(mask.shape) * mask, (1, 0))
+    row, t = mask.nonzero(as_tuple=True)
+    return hidden[row, t], targets[row, t], lambda values: F.pad(values.new_zeros(
+        mask.shape, dtype=torch.float32).index_put((row, t), values.float()), (1, 0))
 
 
 def token_logprobs(model, tokens, mask, temperature=1.0):
     """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0."""
-    where, hidden, targets = at_targets(model, tokens, mask)
+    hidden, targets, place = at_targets(model, tokens, mask)
     logits = model.logits(hidden).float() / temperature
-    return spread(-F.cross_entropy(logits, targets, reduction="none"), where, tokens.shape)
+    return place(-F.cross_entropy(logits, targets, reduction="none"))
 
 
 def policy_and_value(model, tokens, mask, temperature=1.0):
     """Three (B, T) float32, 0 where `mask` is false: log-probabilities of the tokens, entropies of
     the distributions they were drawn from (nats), and values of the states before them."""
-    where, hidden, targets = at_targets(model, tokens, mask)
+    hidden, targets, place = at_targets(model, tokens, mask)
     every = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     chosen = every.gather(-1, targets[:, None])[:, 0]
     entropy = -(every.exp() * every).sum(-1)
-    return tuple(spread(values, where, tokens.shape)
-                 for values in (chosen, entropy, model.scalar(hidden)))
+    return place(chosen), place(entropy), place(model.scalar(hidden))
 
 
 def final_scalar(model, tokens, mask):
@@ -202,21 +204,22 @@ class Cache:
         self.values = [weight.new_zeros(size) for _ in range(shape.layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.rows = torch.arange(rows, device=weight.device)
+        self.causal, self.single = ATTENTIONS[model.attention]
 
     def positions(self, prefill):
         """Positions of the tokens at hand: (T,) in the prefill, (B, 1) in a decoding step."""
         return prefill if len(prefill) > 1 else self.lengths[:, None]
 
-    def attend(self, model, layer, q, k, v):
+    def attend(self, layer, q, k, v):
         """Store k and v (B, H, T, D) of one layer, then attend."""
         keys, values = self.keys[layer], self.values[layer]
         if q.shape[2] > 1:
             keys[:, :, :q.shape[2]] = k
             values[:, :, :q.shape[2]] = v
-            return model.attend(q, k, v)
+            return self.causal(q, k, v)
         keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
         values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
-        return model.attend_cache(q.to(keys.dtype), keys, values, self.lengths + 1)
+        return self.single(q.to(keys.dtype), keys, values, self.lengths + 1)
 
 
 def sample(logits, temperature, generator=None):
@@ -236,6 +239,43 @@ def sample(logits, temperature, generator=None):
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
+class Decoder:
+    """Answers in the making: rows (B, T) of `generate`, and the step that adds a token to each.
+
+    `tokens` come as right-padded prompts of `lengths` (B,), with room for the answers. All that a
+    step changes are the tensors in `state`, in place, so that a GPU can replay it.
+    """
+
+    def __init__(self, model, tokens, lengths, temperature, generator):
+        self.model, self.temperature, self.generator = model, temperature, generator
+        self.tokens, self.last = tokens, torch.zeros_like(lengths)
+        self.mask, self.logprobs = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).float()
+        self.alive = torch.ones_like(lengths)
+        self.cache = Cache(model, *tokens.shape)
+        hidden = model(tokens[:, :int(lengths.max())], self.cache)
+        self.cache.lengths.copy_(lengths)
+        self.draw(hidden[self.cache.rows, lengths - 1])  # (B, C): each row's last prompt token
+
+    def state(self):
+        return [self.tokens, self.last, self.mask, self.logprobs, self.alive, self.cache.lengths,
+                *self.cache.keys, *self.cache.values]
+
+    def draw(self, hidden):
+        """Draw every row's next token from hidden states (B, C); an ended row gets padding."""
+        token, logprob = sample(self.model.logits(hidden), self.temperature, self.generator)
+        at = self.cache.rows, self.cache.lengths
+        self.tokens[at], self.mask[at] = token * self.alive, self.alive.bool()
+        self.logprobs[at] = logprob * self.alive
+        self.alive *= token != self.model.shape.end
+        self.last.copy_(token)
+
+    def step(self):
+        """Read the tokens drawn last, draw the next."""
+        hidden = self.model(self.last[:, None], self.cache)[:, 0]
+        self.cache.lengths += 1
+        self.draw(hidden)
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new, temperature=1.0, generator=None):
     """Answers to `prompts`, a list of B token lists; at most `max_new` tokens each.
@@ -248,25 +288,16 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     if longest + max_new > model.shape.context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the "
                          f"context of {model.shape.context}: shorten one or take a larger size.")
-    device = model.tokens.weight.device
     tokens = torch.zeros(len(prompts), longest + max_new, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-    mask, logprobs = tokens.bool().zero_(), tokens.float().zero_()
-    cache = Cache(model, *tokens.shape)
-    hidden = model(tokens[:, :longest], cache)
-    cache.lengths += torch.tensor([len(prompt) for prompt in prompts], device=device)
-    hidden = hidden[cache.rows, cache.lengths - 1]  # (B, C): each row's last prompt token
-    alive = torch.ones_like(cache.lengths)
-    for _ in range(max_new):
-        token, logprob = sample(model.logits(hidden), temperature, generator)
-        at = cache.rows, cache.lengths
-        tokens[at], mask[at], logprobs[at] = token * alive, alive.bool(), logprob * alive
-        alive = alive * (token != model.shape.end)
-        hidden = model(token[:, None], cache)[:, 0]
-        cache.lengths += 1
-    return tokens, mask, logprobs
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    device = model.tokens.weight.device
+    decoder = Decoder(model, tokens.to(device), lengths.to(device), temperature, generator)
+    step = Captured(decoder.step, tensors=decoder.state(), generators=[generator] * bool(generator))
+    for _ in range(max_new - 1):
+        step()
+    return decoder.tokens, decoder.mask, decoder.logprobs
 
 
 def write(path, save) -> None:
@@ -577,3 +608,84 @@ def choose_attention(name: str, device, width: int) -> str:
     if name == "fused" and reason:
         raise ValueError(f"attention cannot be fused here, {reason}: choose sdpa.")
     return name
+
+
+# ---------------------------------------------------------------- captured steps, for GPUs
+
+class Captured:
+    """A step that a GPU records once and then replays, without Python and without launches.
+
+    `step(*tensors)` returns a tensor or None. It must do the same each time: its shapes are fixed,
+    it never waits for the device, and what changes between calls lies in its inputs or in tensors
+    that are filled in place, such as a learning rate. `modules`, `optimizers`, `tensors` and
+    `generators` hold all that it changes; recording leaves them as they were. `capture` is
+    `cuda_graph`, or what stands in for it in a test. Without a GPU a call is a call of the step.
+    """
+
+    def __init__(self, step, modules=(), optimizers=(), tensors=(), generators=(), capture=None):
+        self.step, self.modules, self.optimizers = step, modules, optimizers
+        self.tensors, self.generators, self.rates = tensors, generators, None
+        on_gpu = any(tensor.is_cuda for tensor in self.state())
+        self.capture = capture or (cuda_graph if on_gpu else None)
+
+    def state(self):
+        """Every tensor that the step may change."""
+        yield from self.tensors
+        for module in self.modules:
+            yield from (*module.parameters(), *module.buffers())
+        for optimizer in self.optimizers:
+            for kept in optimizer.state.values():
+                yield from filter(torch.is_tensor, kept.values())
+
+    def __call__(self, *inputs):
+        if self.capture is None:
+            return self.step(*inputs)
+        rates = [group["lr"] for each in self.optimizers for group in each.param_groups]
+        if not all(map(torch.is_tensor, rates)):
+            raise ValueError("a captured step would keep a float lr for ever: make it a tensor.")
+        if self.rates is None or any(map(operator.is_not, rates, self.rates)):
+            self.record(inputs)  # load_state_dict puts new tensors in place of the recorded ones
+            self.rates = rates
+        for own, given in zip(self.inputs, inputs, strict=True):
+            if own.shape != given.shape:
+                raise ValueError(f"a step captured with {tuple(own.shape)} was called with "
+                                 f"{tuple(given.shape)}: pad to one shape, or do not capture.")
+            own.copy_(given)
+        self.replay()
+        return None if self.output is None else self.output.clone()
+
+    def record(self, inputs):
+        """Have the step run once and recorded, then put all that it has changed back."""
+        self.inputs = [tensor.clone() for tensor in inputs]
+        before = {tensor: tensor.detach().clone() for tensor in self.state()}
+        draws = [generator.get_state() for generator in self.generators]
+
+        @torch.no_grad()
+        def undo():
+            for tensor in self.state():  # an optimizer makes its own in its first step, as zeros
+                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+            for generator, draw in zip(self.generators, draws):
+                generator.set_state(draw)
+        with torch.random.fork_rng({tensor.device for tensor in before if tensor.is_cuda}):
+            self.replay, self.output = self.capture(
+                lambda: self.step(*self.inputs), undo, self.generators)
+            undo()
+
+
+def cuda_graph(step, undo, generators):
+    """A function that replays the kernels of a step, and the step's output (see `Captured`).
+
+    Before it is recorded the step runs once, on a stream of its own as the recording will: so all
+    kernels are compiled, and an optimizer does not make its state anew in every replay.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    undo()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        output = step()
+    return graph.replay, output

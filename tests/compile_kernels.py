@@ -64,7 +64,7 @@ def compiled(case: Case) -> dict:
     kernel, (own, other, warps, stages) = getattr(model, case.kernel), case.tile
     names = kernel.arg_names
     constants = {"D": case.width, "OWN": own, "OTHER": other}
-    whole = [["tt.divisibility", 16]]  # what Triton finds of pointers, and of strides of whole heads
+    whole = [["tt.divisibility", 16]]  # as Triton finds of pointers, and of strides of heads
     source = ASTSource(
         kernel, {name: argument_type(name, case) for name in names},
         {name: value for name, value in constants.items() if name in names},
