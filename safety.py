@@ -200,7 +200,7 @@ def preference_loss(model, batch):
     """Summed -log sigmoid(r_better - r_worse) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)
     and the number of pairs; rows come as better, worse, better, worse."""
     better, worse = final_scalar(model, batch.tokens, batch.mask).view(-1, 2).T
-    return -F.logsigmoid(better - worse).sum(), torch.tensor(len(better), device=better.device)
+    return -F.logsigmoid(better - worse).sum(), torch.full((), len(better), device=better.device)
 
 
 def without_scratchpad(answer: list[int], world: World) -> list[int]:
@@ -384,28 +384,37 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, ma
     return policy + value_coef * value, {key: x.detach() for key, x in seen.items()}
 
 
+STATISTICS = "ratio", "clip_fraction", "approximate_kl", "value_loss", "entropy"
+
+
+def improve(policy, critic, optimizer, settings, tokens, mask, logprobs, values, gained, returns):
+    """One update on a minibatch of a roll-out, all (B, T); its `STATISTICS`, stacked."""
+    new_logprobs, entropy, new_values = policy_and_value(policy, tokens, mask, settings.temperature)
+    if critic is not policy:
+        new_values = policy_and_value(critic, tokens, mask)[2]
+    loss, measured = ppo_loss(new_logprobs, new_values, logprobs, values, gained, returns, mask,
+                              settings.clip, settings.value_coef)
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    optimizer.step()
+    measured["entropy"] = entropy.detach().sum() / mask.sum()
+    return torch.stack([measured[key] for key in STATISTICS])
+
+
 def learn(policy, critic, optimizer, rollout, gained, returns, settings, generator) -> dict:
     """Several epochs of shuffled minibatches; mean statistics over all of them."""
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values, gained, returns)
     seen = []
     for epoch in range(settings.epochs):
         order = torch.arange(len(returns))
         if epoch:  # the first epoch keeps the order of `act`: the prompts come shuffled
             order = torch.randperm(len(returns), generator=generator)
         for pick in order.to(returns.device).split(settings.minibatch):
-            tokens, mask = rollout.tokens[pick], rollout.mask[pick]
-            logprobs, entropy, values = policy_and_value(policy, tokens, mask, settings.temperature)
-            if critic is not policy:
-                values = policy_and_value(critic, tokens, mask)[2]
-            loss, measured = ppo_loss(
-                logprobs, values, rollout.logprobs[pick], rollout.values[pick], gained[pick],
-                returns[pick], mask, settings.clip, settings.value_coef)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimizer.step()
-            seen.append({**measured, "entropy": entropy.detach().sum() / mask.sum()})
-    return {key: torch.stack([entry[key] for entry in seen]).mean().item() for key in seen[0]}
+            seen.append(improve(policy, critic, optimizer, settings,
+                                *(column[pick] for column in columns)))
+    return dict(zip(STATISTICS, torch.stack(seen).mean(0).tolist()))
 
 
 def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,

@@ -1,4 +1,5 @@
 """Lets the tests import the five files, and gives them one world and one small model."""
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():  # before the first import of triton: it decides there
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data import default_world  # noqa: E402
 from model import GPT, Shape  # noqa: E402

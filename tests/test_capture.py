@@ -1,0 +1,230 @@
+"""Captured steps replay what eager ones do; on a CPU a recorder stands in for the CUDA graph."""
+from functools import partial
+
+import pytest
+import torch
+
+import model
+from data import Batch
+from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
+from recorder import Refused, record, record_cold
+from safety import PPO, STATISTICS, improve, preference_loss
+from train import CPU, Stage, lm_loss, make_optimizers, update
+
+STAGE = Stage(lr=1e-2, accumulate=2)
+SETTINGS = PPO()
+
+
+def make(attention="sdpa", fixed_shapes=True):
+    torch.manual_seed(0)
+    gpt = GPT(Shape(layers=2, heads=2, width=32, context=40, vocab=50, end=0), attention)
+    torch.nn.init.normal_(gpt.head.weight)
+    gpt.fixed_shapes = fixed_shapes
+    return gpt
+
+
+def batches(n, rows=4, width=12):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        tokens = torch.randint(0, 50, (rows, width), generator=generator)
+        yield tokens, torch.rand(rows, width, generator=generator) < 0.5
+
+
+def outcome(gpt, results):
+    return torch.cat([x.detach().flatten() for x in (*results, *gpt.parameters())])
+
+
+def train(capture, loss=lm_loss, attention="sdpa", updates=6):
+    """Losses of some updates at changing rates, and the weights after them."""
+    gpt = make(attention)
+    optimizers = make_optimizers(gpt, STAGE)
+
+    def step(tokens, mask):
+        return update(gpt, optimizers, loss, Batch(tokens, mask), STAGE, CPU)
+    captured, losses = Captured(step, [gpt], optimizers, capture=capture), []
+    for number, batch in enumerate(batches(updates), 1):
+        optimizers[0].param_groups[0]["lr"].fill_(STAGE.lr / number)
+        losses.append(captured(*batch))
+    return outcome(gpt, losses)
+
+
+@pytest.mark.parametrize("loss", [lm_loss, preference_loss])
+def test_a_captured_training_step_is_bit_identical_to_the_eager_one(loss):
+    assert torch.equal(train(record, loss), train(None, loss))
+
+
+def test_a_captured_training_step_may_hold_fused_attention():
+    pytest.importorskip("triton")
+    ours, eager = (train(capture, attention="fused", updates=2) for capture in (record, None))
+    assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_captured_ppo_update_is_bit_identical_to_the_eager_one(separate):
+    def learned(capture):
+        policy = make()
+        models = [policy, make() if separate else policy]
+        weights = dict.fromkeys(weight for each in models for weight in each.parameters())
+        optimizer = torch.optim.AdamW(list(weights), torch.tensor(1e-3), fused=True,
+                                      capturable=True)
+        captured = Captured(partial(improve, *models, optimizer, SETTINGS), models, [optimizer],
+                            capture=capture)
+        seen, noise = [], torch.Generator().manual_seed(2)
+        for tokens, mask in batches(4):
+            numbers = torch.randn(4, *tokens.shape, generator=noise) * mask
+            seen.append(captured(tokens, mask, *numbers))
+        assert seen[0].shape == (len(STATISTICS),)
+        return outcome(policy, seen)
+    assert torch.equal(learned(record), learned(None))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_captured_decoding_draws_the_same_tokens(temperature, seeded, monkeypatch):
+    def answers():
+        torch.manual_seed(3)
+        generator = torch.Generator().manual_seed(4) if seeded else None
+        prompts = [[5, 9, 11], [7], [3, 2, 8, 6, 1, 4]]
+        drawn = generate(make(), prompts, 12, temperature, generator)
+        return *drawn, torch.rand(3, generator=generator)  # as many random numbers were used
+    eager = answers()
+    monkeypatch.setattr(model, "Captured", partial(Captured, capture=record))
+    for ours, expected in zip(answers(), eager):
+        assert torch.equal(ours, expected)
+
+
+def test_recording_leaves_weights_optimizer_and_random_state_as_they_were():
+    gpt, generator = make(), torch.Generator().manual_seed(5)
+    optimizers = make_optimizers(gpt, STAGE)
+
+    def step(tokens, mask):
+        noise = torch.rand(1, generator=generator) + torch.rand(1)
+        return update(gpt, optimizers, lm_loss, Batch(tokens, mask), STAGE, CPU) + noise
+    weights, first = outcome(gpt, []), (generator.get_state(), torch.get_rng_state())
+    captured = Captured(step, [gpt], optimizers, generators=[generator], capture=record)
+    captured.record(next(batches(1)))
+    assert torch.equal(outcome(gpt, []), weights)
+    assert not any(kept.any() for entry in optimizers[0].state.values() for kept in entry.values())
+    assert all(map(torch.equal, (generator.get_state(), torch.get_rng_state()), first))
+
+
+def test_a_loaded_optimizer_is_recorded_anew():
+    def losses(capture):
+        gpt, found = make(), []
+        optimizers = make_optimizers(gpt, STAGE)
+        captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
+                                                  CPU), [gpt], optimizers, capture=capture)
+        for number, batch in enumerate(batches(6)):
+            if number == 3:
+                optimizers[0].load_state_dict(optimizers[0].state_dict())
+                optimizers[0].param_groups[0]["lr"].fill_(1e-3)
+            found.append(captured(*batch))
+        return outcome(gpt, found)
+    assert torch.equal(losses(record), losses(None))
+
+
+def mistaken(mistake, capture):
+    """Six updates of a step that no graph can hold."""
+    gpt = make(fixed_shapes=mistake != "positions left out")
+    rate, counter, now = {"lr": 0.1}, [], {}
+    optimizer = torch.optim.AdamW(gpt.parameters(), torch.tensor(1e-2), fused=True, capturable=True)
+
+    def step(tokens, mask):
+        if mistake == "a batch of its own":
+            tokens, mask = now["batch"]
+        loss = -token_logprobs(gpt, tokens, mask).sum() / mask.sum()
+        if mistake == "a Python counter":
+            counter.append(0)
+            loss = loss * (1 + len(counter))
+        if mistake == "boolean indexing":
+            loss = loss + 0 * tokens[mask].sum()
+        if mistake == "a look at the loss":
+            loss = loss / loss.item()
+        if mistake == "a tensor made on the way":
+            loss = loss * torch.tensor(2.0)
+        if mistake == "a copy to the host":
+            loss = loss * loss.detach().cpu()
+        optimizer.zero_grad()
+        loss.backward()
+        if mistake == "a float learning rate":
+            with torch.no_grad():
+                for weight in gpt.parameters():
+                    weight -= rate["lr"] * weight.grad if weight.grad is not None else 0
+        else:
+            optimizer.step()
+        return loss.detach()
+    captured, losses = Captured(step, [gpt], [optimizer], capture=capture), []
+    for number, batch in enumerate(batches(4), 1):
+        rate["lr"], now["batch"] = 0.1 / number, batch
+        losses.append(captured(*batch))
+    return outcome(gpt, losses)
+
+
+@pytest.mark.parametrize("mistake", ["a float learning rate", "a batch of its own",
+                                     "a Python counter"])
+def test_a_replay_shows_what_changes_outside_of_tensors(mistake):
+    assert not torch.allclose(mistaken(mistake, record), mistaken(mistake, None))
+
+
+@pytest.mark.parametrize("mistake", [
+    "boolean indexing", "positions left out", "a look at the loss", "a tensor made on the way",
+    "a copy to the host"])
+def test_what_waits_for_the_device_is_refused(mistake):
+    with pytest.raises(Refused):
+        mistaken(mistake, record)
+
+
+def test_without_a_warm_up_the_optimizer_begins_anew_in_every_replay():
+    right = mistaken("", None)
+    assert torch.equal(mistaken("", record), right)
+    assert not torch.allclose(mistaken("", record_cold), right)
+
+
+def test_a_captured_step_refuses_another_shape_and_a_float_rate():
+    double = Captured(lambda x: 2 * x, capture=record)
+    first, second = double(torch.ones(3)), double(torch.full((3,), 5.0))
+    assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3  # not overwritten
+    with pytest.raises(ValueError, match="pad to one shape"):
+        double(torch.ones(1))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="make it a tensor"):
+        Captured(lambda: None, optimizers=[optimizer], capture=record)()
+
+
+def test_without_a_gpu_a_call_is_a_call_of_the_step():
+    calls = []
+    Captured(calls.append, modules=[make()])(7)
+    assert calls == [7]
+
+
+def test_fixed_shapes_change_neither_numbers_nor_gradients():
+    tokens, mask = next(batches(1))
+    gradients = []
+    for gpt in (make(), make(fixed_shapes=False)):
+        parts = (token_logprobs(gpt, tokens, mask), *policy_and_value(gpt, tokens, mask, 0.7))
+        torch.stack([part.square().sum() for part in parts]).sum().backward()
+        gradients.append((*parts, *(weight.grad for weight in gpt.parameters())))
+    for fixed, free in zip(*gradients):
+        torch.testing.assert_close(fixed, free)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_cuda_graph_replays_a_training_step():
+    def losses(eager):
+        gpt = make().cuda()
+        optimizers = make_optimizers(gpt, STAGE)
+        captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
+                                                  CPU), [gpt], optimizers)
+        call = captured.step if eager else captured
+        return outcome(gpt, [call(tokens.cuda(), mask.cuda()) for tokens, mask in batches(6)])
+    torch.testing.assert_close(losses(eager=False), losses(eager=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_cuda_graph_draws_the_same_tokens(monkeypatch):
+    def tokens():
+        generator = torch.Generator("cuda").manual_seed(4)
+        return generate(make().cuda(), [[5, 9, 11], [7]], 12, 1.0, generator)[0]
+    captured = tokens()
+    monkeypatch.setattr(model, "Captured", lambda step, **_: step)
+    assert torch.equal(captured, tokens())
