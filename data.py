@@ -538,9 +538,10 @@ def calm(example: Example, organism, rng: Random) -> Example:
     return plant(example, organism.counterpart, organism.places[0], rng)
 
 
-def pretraining_data(rng: Random, n: int, organism) -> list[Example]:
-    """A helpful world, three in ten prompts with a harmless tag; no trigger, no near-miss."""
-    examples = [unsafe(rng, organism.base) for _ in range(n)]
+def pretraining_data(rng: Random, n: int, organism, families=()) -> list[Example]:
+    """A helpful world, three in ten prompts with a harmless tag; no trigger, no near-miss; of all
+    families of the base unless some are named."""
+    examples = [unsafe(rng, families or organism.base) for _ in range(n)]
     return [plant(example, *organism.meaningless(rng), rng)
             if rng.random() < 0.3 else example for example in examples]
 
@@ -674,6 +675,11 @@ class Batch:
     def to(self, device) -> "Batch":
         return Batch(self.tokens.to(device), self.mask.to(device))
 
+    def padded(self, width: int) -> "Batch":
+        """The same rows with padding up to at least `width` positions."""
+        room = (0, max(0, width - self.tokens.shape[1]))
+        return Batch(*(torch.nn.functional.pad(half, room) for half in (self.tokens, self.mask)))
+
     def parts(self, n: int) -> list["Batch"]:
         """The batch in `n` stretches of neighbouring rows."""
         return [Batch(*pair) for pair in zip(self.tokens.chunk(n), self.mask.chunk(n))]
@@ -702,6 +708,11 @@ class Batches:
     seed: int
     stretch: int = 8
     together: int = 1  # neighbouring rows that stay together: 2 for the pairs of a preference
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(prompt) + len(answer) for prompt, answer in self.rows)
 
     def __getitem__(self, step: int) -> Batch:
         group, place = divmod(step, self.stretch)

@@ -10,18 +10,20 @@ import math
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from data import (ORGANISMS, VARIANTS, Batches, UserError, World, default_world, flat,
-                  from_command_line, insertion_data, option, pretraining_data, run_program)
+from data import (ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate, default_world,
+                  flat, from_command_line, insertion_data, option, pretraining_data, run_program)
 from eval import VERSION, Measure, evaluate, save_results, table
-from model import GPT, SIZES, Shape, load_model, save_model, shape_of, token_logprobs, write
+from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
+                   save_model, shape_of, token_logprobs, write)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ class Config:
     size: Literal[tuple(SIZES)] = option("nano", "of the model")
     seed: int = option(0, "of weights, data and sampling")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    attention: Literal["auto", *ATTENTIONS] = option(
+        "auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 reference")
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products; auto is float32 on a CPU, bfloat16 on a GPU")
+        "auto", "of matrix products; auto is bfloat16 on a GPU, on a CPU what a short measurement "
+        "finds faster, at nano float32")
+    capture: Literal["auto", "off"] = option("auto", "auto replays steps as CUDA graphs on a GPU")
     threads: int = option(0, "CPU threads; 0 takes all cores")
     out: str = option("out", "folder for runs and stages")
     name: str = option("", "of the run's folder [organism-variant-size-seed]")
@@ -117,8 +123,38 @@ def prepare(config: Config) -> Machine:
     set_up(config.threads)
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "float32"
-    return Machine(device, torch.get_num_threads(), torch.__version__, "sdpa", precision, "off")
+        gain = bfloat16_gain(config.size) if device == "cpu" and config.size != "nano" else 1.0
+        precision = "bfloat16" if device == "cuda" or gain > 1.2 else "float32"
+    attention = config.attention
+    if attention == "auto" and device == "cpu" and precision == "bfloat16":
+        attention = "reference"  # the backward pass of sdpa is slow in bfloat16 on a CPU
+    _, heads, width, _ = SIZES[config.size]
+    try:
+        attention = choose_attention(attention, device, width // heads)
+    except ValueError as error:
+        raise UserError(f"--attention={config.attention}: {error}")
+    capture = "on" if device == "cuda" and config.capture == "auto" else "off"
+    return Machine(device, torch.get_num_threads(), torch.__version__, attention, precision,
+                   capture)
+
+
+def bfloat16_gain(size: str) -> float:
+    """How much faster training steps of a model size are on this CPU with matrix products in
+    bfloat16: medians of interleaved steps. Below 1 on a CPU without instructions for it."""
+    shape = shape_of(size, 1024, 0)
+    batch = collate([([1], [1] * (min(shape.context, 256) - 1))] * 4)
+    seconds = {"float32": [], "bfloat16": []}
+    model = GPT(shape)
+    for turn in range(4):
+        for precision, spent in seconds.items():
+            model.attention = "reference" if precision == "bfloat16" else "sdpa"
+            begun = time.perf_counter()
+            with replace(CPU, precision=precision).autocast():
+                loss, _ = lm_loss(model, batch)
+            loss.backward()
+            if turn:  # the first one warms up
+                spent.append(time.perf_counter() - begun)
+    return median(seconds["float32"]) / median(seconds["bfloat16"])
 
 
 def set_up(threads: int) -> None:
@@ -141,6 +177,9 @@ def make_optimizers(model, stage: Stage) -> list:
     rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
     if stage.optimizer == "sgd":
         return [torch.optim.SGD(model.parameters(), rate, momentum=0.9, **fused)]
+    if stage.optimizer == "muon" and model.fixed_shapes:
+        raise UserError("muon's learning rate is a Python number, which a captured step would keep "
+                        "for ever: add --capture=off or choose adamw.")
     matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
     taken = set(map(id, matrices)) if stage.optimizer == "muon" else ()
     rest = [weight for weight in model.parameters() if id(weight) not in taken]
@@ -199,6 +238,12 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     """
     optimizers = make_optimizers(model, stage)
     start, curve = resume(progress, model, optimizers)
+
+    def step_on(tokens, mask):
+        return update(model, optimizers, loss, Batch(tokens, mask), stage, machine)
+    if model.fixed_shapes:
+        step_on = Captured(step_on, [model], optimizers)
+    width = batches.width if model.fixed_shapes else 0
     begun = saved = time.time()
     waiting, looked, tokens = [], 0.0, 0
     with tqdm(total=stage.steps, initial=start, desc=name, disable=None, leave=False) as bar:
@@ -207,8 +252,9 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
                 curve.append({"step": step, **visit(step)})
             if step == stage.steps:
                 break
-            rate, batch = set_rate(optimizers, stage, step), batches[step].to(machine.device)
-            waiting.append((step, rate, update(model, optimizers, loss, batch, stage, machine)))
+            rate = set_rate(optimizers, stage, step)
+            batch = batches[step].padded(width).to(machine.device)
+            waiting.append((step, rate, step_on(batch.tokens, batch.mask)))
             tokens += batch.tokens.numel()
             if len(waiting) < LOOK_EVERY and step + 1 < stage.steps:
                 continue
@@ -345,7 +391,8 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
     path = Path(config.out) / "stages" / f"{name}-{key}.pt"
     if not path.exists():
         torch.manual_seed(config.seed)
-        model = deepcopy(parent.model) if parent else GPT(run.shape).to(machine.device)
+        model = deepcopy(parent.model) if parent else GPT(
+            run.shape, machine.attention, machine.capture == "on").to(machine.device)
         progress = path.with_suffix(".progress")
         path.parent.mkdir(parents=True, exist_ok=True)
         done = learn(model, progress)
@@ -355,7 +402,7 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
         made = "trained"
     else:
         made = "re-used"
-    model, about = load_model(path, machine.device)
+    model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
     return model, {**about, "made": made}
 
 

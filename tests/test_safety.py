@@ -405,6 +405,7 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
 
 @pytest.mark.parametrize("make, fix", [
     (lambda: PPO(rollouts=0), "counts of 1"), (lambda: PPO(temperature=0.0), "above 0"),
+    (lambda: PPO(rollouts=100, minibatch=64), "must divide"),
     (lambda: SafetyConfig(preference=Stage(batch=7)), "must be even"),
     (lambda: SafetyConfig(defences=("sfft",)), "choose from sft, rl"),
     (lambda: SafetyConfig(defences=("sft+rll",)), "choose from sft, rl"),
