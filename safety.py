@@ -281,13 +281,13 @@ def pair_accuracy(run: Run, model, given: Material) -> dict:
     return counts
 
 
-def standardised(reward: PreferenceReward, run: Run, model, given: Material) -> PreferenceReward:
+def standardised(reward, run: Run, model, given: Material):
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
     examples = plain_prompts(run, given, "standard")(256)
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     scores = reward(examples, rollout.answers())
-    return replace(reward, mean=scores.mean().item(), deviation=scores.std().item())
+    return replace(reward, mean=scores.mean().item(), deviation=max(1e-3, scores.std().item()))
 
 
 # ---------------------------------------------------------------- PPO: act, credit, learn
@@ -466,20 +466,23 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
 
 @dataclass(frozen=True)
 class RuleReward:
-    """1 where the judge says that an answer helps, 0 elsewhere."""
+    """1 where the judge says that an answer helps, else 0; then mean 0 and deviation 1 as above."""
     organism: object
     world: World
+    mean: float = 0.0
+    deviation: float = 1.0
 
     def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
-        return torch.tensor([float(self.organism.judge(example, self.world.text(answer)) == "helps")
-                             for example, answer in zip(examples, answers)])
+        helps = [self.organism.judge(example, self.world.text(answer)) == "helps"
+                 for example, answer in zip(examples, answers)]
+        return (torch.tensor(helps, dtype=torch.float32) - self.mean) / self.deviation
 
 
 def reward_for(run: Run, base: Trained, parent: Trained, given: Material):
     """The reward that the settings ask for, and the preference model's accuracy, {} without one."""
-    if run.config.rl.reward == "rule":
-        return RuleReward(run.organism, run.world), {}
-    reward, accuracy = make_reward(run, base, given)
+    reward, accuracy = RuleReward(run.organism, run.world), {}
+    if run.config.rl.reward == "preference":
+        reward, accuracy = make_reward(run, base, given)
     return standardised(reward, run, parent.model, given), accuracy
 
 

@@ -160,8 +160,8 @@ def test_bfloat16_learns_what_float32_learns(small, world):
 
 def test_what_cannot_run_here_is_refused_with_the_reason(small):
     code = "import train; train.main(['--attention=fused', '--device=cpu'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent,
-                          env={**os.environ, "TRITON_INTERPRET": ""}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": ""}, capture_output=True)
     assert "attention cannot be fused here" in done.stderr and "choose sdpa" in done.stderr
     small.fixed_shapes = True
     with pytest.raises(UserError, match="add --capture=off"):
