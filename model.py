@@ -209,9 +209,9 @@ def sample(logits, temperature, generator=None):
 class Decoder:
     """Rows in the making, and the step that draws a token for each of them (see `generate`).
 
-    A step changes only the tensors of `state`, so that a GPU can replay it: `tokens`, `mask` and
-    `logprobs` (B, T), `last` (B,), the tokens drawn last, `alive` (B,), 1 until a row ends, and
-    of the `lengths` (B,) positions that the model has read `keys` and `values` (L, B, H, T, D).
+    A step changes tensors in place, so that a GPU can replay it: `tokens`, `mask` and `logprobs`
+    (B, T), `last` (B,), the tokens drawn last, `alive` (B,), 1 until a row ends, and of the
+    `lengths` (B,) positions that the model has read `keys` and `values` (L, B, H, T, D).
     """
 
     def __init__(self, model, tokens, lengths, temperature, generator):
@@ -228,8 +228,8 @@ class Decoder:
         self.draw(hidden[self.rows, lengths - 1])  # each row's last prompt token
 
     def state(self):
-        return [self.tokens, self.mask, self.logprobs, self.last, self.alive, self.lengths,
-                self.keys, self.values]
+        """What a step must find as it was, to be done again; keys and values it writes over."""
+        return [self.tokens, self.mask, self.logprobs, self.last, self.alive, self.lengths]
 
     def attend(self, layer, q, k, v):
         """Keep k and v (B, H, T, D) of a layer, then attend. Several tokens are prompts, from
