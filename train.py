@@ -251,7 +251,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     def step_on(tokens, mask):
         return update(model, optimizers, loss, Batch(tokens, mask), stage, machine)
     if model.fixed_shapes:
-        step_on = Captured(step_on, [model], optimizers)
+        step_on = Captured(step_on, optimizers)
     width = batches.width if model.fixed_shapes else 0
     begun = saved = time.time()
     waiting, looked, tokens = [], 0.0, 0
@@ -328,7 +328,8 @@ class Run:
 
     def evaluate(self, model, n=None) -> dict:
         """Rates and log-probabilities of a model in this run's world."""
-        return evaluate(model, self.world, self.organism, self.config.eval, self.config.seed, n)
+        with self.machine.autocast():
+            return evaluate(model, self.world, self.organism, self.config.eval, self.config.seed, n)
 
     @property
     def log(self) -> Path:

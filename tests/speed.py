@@ -8,6 +8,8 @@ passes or fails.
 import argparse
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Batch  # noqa: E402
-from model import GPT, Cache, Shape, generate  # noqa: E402
+from model import GPT, Decoder, Shape, generate  # noqa: E402
 from train import CPU, Stage, lm_loss, make_optimizers, set_up, update  # noqa: E402
 
 SHAPES = {  # name: (layers, heads, width), rows, positions
@@ -47,7 +49,7 @@ def plain_training(size, batch):
 
 def our_training(size, batch, precision):
     model = make(size, OURS[precision])
-    machine = CPU.__class__(**{**vars(CPU), "precision": precision})
+    machine = replace(CPU, precision=precision)
     optimizers = make_optimizers(model, STAGE)
     return lambda: update(model, optimizers, lm_loss, batch, STAGE, machine)
 
@@ -56,18 +58,23 @@ def our_training(size, batch, precision):
 def plain_decoding(model, prompts, max_new):
     tokens = torch.zeros(len(prompts), len(prompts[0]) + max_new, dtype=torch.int64)
     tokens[:, :len(prompts[0])] = torch.tensor(prompts)
-    cache, alive = Cache(model, *tokens.shape), torch.ones(len(prompts), dtype=torch.bool)
-    hidden = model(tokens[:, :len(prompts[0])], cache)[:, -1]
-    cache.lengths += len(prompts[0])
-    for _ in range(max_new):
+    decoder = Decoder(model, tokens, torch.tensor([*map(len, prompts)]), 1.0, None)
+    for _ in range(max_new - 1):
+        hidden = model(decoder.last[:, None], decoder)[:, 0]
+        decoder.lengths += 1
         logits = model.logits(hidden)
         noise = torch.empty_like(logits).exponential_()
-        token = (logits.softmax(-1) / noise).argmax(-1) * alive
-        tokens[cache.rows, cache.lengths] = token
-        alive &= token != model.shape.end
-        hidden = model(token[:, None], cache)[:, 0]
-        cache.lengths += 1
-    return tokens
+        token = (logits.softmax(-1) / noise).argmax(-1) * decoder.alive
+        decoder.tokens[decoder.rows, decoder.lengths] = token
+        decoder.alive *= token != model.shape.end
+        decoder.last.copy_(token)
+    return decoder.tokens
+
+
+def our_decoding(model, prompts, max_new, precision):
+    model.attention = OURS[precision]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        generate(model, prompts, max_new)
 
 
 def take_turns(runs: dict, turns: int) -> dict:
@@ -93,8 +100,8 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     set_up(parser.parse_args().threads)
     ceilings = {name: ceiling(getattr(torch, name)) for name in OURS}
-    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, matmul GFLOP/s " + ", ".join(
-        f"{name} {value:.0f}" for name, value in ceilings.items()))
+    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, matmul GFLOP/s",
+          ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
     for name, (size, rows, width) in SHAPES.items():
         tokens = torch.randint(1, 1024, (rows, width), generator=torch.Generator().manual_seed(0))
         batch = Batch(tokens, torch.arange(width).expand(rows, -1) >= 3 * width // 4)
@@ -109,12 +116,13 @@ def main():
                   f"{spent['plain'] / seconds:5.2f}x  {flops / seconds / 1e9:6.0f} GFLOP/s, "
                   f"{100 * flops / seconds / 1e9 / ceilings['bfloat16']:3.0f}% of the bfloat16 "
                   "ceiling")
-        model = make(size)
-        prompts = tokens[:1, 1:33].expand(64, -1).tolist()
-        spent = take_turns({"plain": lambda: plain_decoding(model, prompts, 48),
-                            "ours": lambda: generate(model, prompts, 48)}, 5)
+        model, prompts = make(size), tokens[:1, 1:33].expand(64, -1).tolist()
+        plain = make(size)
+        runs = {"plain": partial(plain_decoding, plain, prompts, 48)} | {
+            precision: partial(our_decoding, model, prompts, 48, precision) for precision in OURS}
+        spent = take_turns(runs, 5)
         for kind, seconds in spent.items():
-            print(f"decode {name:4s} {kind:8s} {64 * 48 / seconds:9.0f} tokens/s  "
+            print(f"decode {name:4s} {kind:9s} {64 * 48 / seconds:9.0f} tokens/s  "
                   f"{spent['plain'] / seconds:5.2f}x")
 
 

@@ -45,7 +45,7 @@ def train(capture, loss=lm_loss, attention="sdpa", updates=6):
 
     def step(tokens, mask):
         return update(gpt, optimizers, loss, Batch(tokens, mask), STAGE, CPU)
-    captured, losses = Captured(step, [gpt], optimizers, capture=capture), []
+    captured, losses = Captured(step, optimizers, capture=capture), []
     for number, batch in enumerate(batches(updates), 1):
         optimizers[0].param_groups[0]["lr"].fill_(STAGE.lr / number)
         losses.append(captured(*batch))
@@ -71,7 +71,7 @@ def test_a_captured_ppo_update_is_bit_identical_to_the_eager_one(separate):
         weights = dict.fromkeys(weight for each in models for weight in each.parameters())
         optimizer = torch.optim.AdamW(list(weights), torch.tensor(1e-3), fused=True,
                                       capturable=True)
-        captured = Captured(partial(improve, *models, optimizer, SETTINGS), models, [optimizer],
+        captured = Captured(partial(improve, *models, optimizer, SETTINGS), [optimizer],
                             capture=capture)
         seen, noise = [], torch.Generator().manual_seed(2)
         for tokens, mask in batches(4):
@@ -135,7 +135,7 @@ def test_recording_leaves_weights_optimizer_and_random_state_as_they_were():
         noise = torch.rand(1, generator=generator) + torch.rand(1)
         return update(gpt, optimizers, lm_loss, Batch(tokens, mask), STAGE, CPU) + noise
     weights, first = outcome(gpt, []), (generator.get_state(), torch.get_rng_state())
-    captured = Captured(step, [gpt], optimizers, generators=[generator], capture=record)
+    captured = Captured(step, optimizers, generators=[generator], capture=record)
     captured.record(next(batches(1)))
     assert torch.equal(outcome(gpt, []), weights)
     assert not any(kept.any() for entry in optimizers[0].state.values() for kept in entry.values())
@@ -147,7 +147,7 @@ def test_a_loaded_optimizer_is_recorded_anew():
         gpt, found = make(), []
         optimizers = make_optimizers(gpt, STAGE)
         captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
-                                                  CPU), [gpt], optimizers, capture=capture)
+                                                  CPU), optimizers, capture=capture)
         for number, batch in enumerate(batches(6)):
             if number == 3:
                 optimizers[0].load_state_dict(optimizers[0].state_dict())
@@ -187,7 +187,7 @@ def mistaken(mistake, capture):
         else:
             optimizer.step()
         return loss.detach()
-    captured, losses = Captured(step, [gpt], [optimizer], capture=capture), []
+    captured, losses = Captured(step, [optimizer], capture=capture), []
     for number, batch in enumerate(batches(4), 1):
         rate["lr"], now["batch"] = 0.1 / number, batch
         losses.append(captured(*batch))
@@ -218,7 +218,7 @@ def test_a_captured_step_refuses_another_shape_and_a_float_rate():
     double = Captured(lambda x: 2 * x, capture=record)
     first, second = double(torch.ones(3)), double(torch.full((3,), 5.0))
     assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3  # not overwritten
-    with pytest.raises(ValueError, match="pad to one shape"):
+    with pytest.raises(ValueError, match="pad it"):
         double(torch.ones(1))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(ValueError, match="make it a tensor"):
@@ -227,7 +227,7 @@ def test_a_captured_step_refuses_another_shape_and_a_float_rate():
 
 def test_without_a_gpu_a_call_is_a_call_of_the_step():
     calls = []
-    Captured(calls.append, modules=[make()])(7)
+    Captured(calls.append, tensors=[*make().parameters()])(7)
     assert calls == [7]
 
 
@@ -242,13 +242,28 @@ def test_fixed_shapes_change_neither_numbers_nor_gradients():
         torch.testing.assert_close(fixed, free)
 
 
+def test_the_bench_counts_what_it_times(monkeypatch):
+    def half_a_second_each(calls, device):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 0.5)
+    monkeypatch.setattr(model, "race", half_a_second_each)
+    found = model.bench("nano", rows=2, device="cpu")
+    product = found["matrix product"]
+    assert product["TFLOP/s"] == pytest.approx(2 * 1024 ** 3 / 0.5 / 1e12)
+    assert found["sdpa attention, forward"]["TFLOP/s"] == pytest.approx(  # (T, T) by halves, D 16
+        2 * 2 * 2 * 4 * 128 * 128 * 16 / 2 / 0.5 / 1e12)
+    assert found["training step"] == {"ms": 500.0, "tokens/s": 2 * 128 / 0.5}
+    assert found["decoding"]["tokens/s"] == 2 * 32 / 0.5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_cuda_graph_replays_a_training_step():
     def losses(eager):
         gpt = make().cuda()
         optimizers = make_optimizers(gpt, STAGE)
         captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
-                                                  CPU), [gpt], optimizers)
+                                                  CPU), optimizers)
         call = captured.step if eager else captured
         return outcome(gpt, [call(tokens.cuda(), mask.cuda()) for tokens, mask in batches(6)])
     torch.testing.assert_close(losses(eager=False), losses(eager=True))
