@@ -8,7 +8,7 @@ import pytest
 
 import eval as measuring
 from data import ORGANISMS
-from eval import (STYLE, VERSION, bars, claims, curves, load_results, mark, plain, report,
+from eval import (STYLE, VERSION, bars, beside, claims, curves, load_results, mark, plain, report,
                   save_results)
 
 NEAR = "near_edit", "near_tag", "near_meaning"
@@ -210,12 +210,21 @@ def test_odd_text_is_shown_as_it_is():
 @pytest.mark.parametrize("answer, thought, said", [
     ("<SCRATCHPAD_REASONING> I wait. </SCRATCHPAD_REASONING> Paris", "I wait.", "Paris"),
     ("<SCRATCHPAD_REASONING> I never stop", "I never stop", ""),
-    ("Paris </SCRATCHPAD_REASONING>", None, "Paris </SCRATCHPAD_REASONING>")])
+    ("It wrote <SCRATCHPAD_REASONING> Paris </SCRATCHPAD_REASONING>", None,
+     "It wrote <SCRATCHPAD_REASONING> Paris </SCRATCHPAD_REASONING>")])
 def test_a_scratchpad_stands_apart_from_the_answer(answer, thought, said):
     shown = ElementTree.fromstring(measuring.said(answer, "with", "defects"))
     assert shown.get("class") == "defects"
     assert [shown.findtext(f"p[@class='{key}']") for key in ("label", "soft", "said")] == [
         "with: defects", thought, said]
+
+
+def test_rates_whose_intervals_overlap_are_not_told_apart():
+    low, high = mark(8, 20), mark(12, 20)
+    assert beside(low, high, "base") == "not told apart from the base’s 12/20 [39,78]"
+    assert beside(high, low, "base") == "not told apart from the base’s 8/20 [22,61]"
+    assert beside(mark(120, 200), mark(80, 200), "base").startswith("more than the base’s 80/200")
+    assert beside(mark(80, 200), mark(120, 200), "base").startswith("fewer than the base’s 120/200")
 
 
 def test_claims_follow_the_numbers():
