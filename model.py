@@ -102,13 +102,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
 
-    `attention`, a name in `ATTENTIONS`, and `fixed_shapes` (see `at_targets`) are choices of the
-    run and no part of a checkpoint.
+    `attention`, a name in `ATTENTIONS`, and `fixed_shapes`, whether its steps are to be captured
+    (see `Captured`), are choices of the run and no part of a checkpoint.
     """
 
-    def __init__(self, shape: Shape, attention="sdpa"):
+    def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False):
         super().__init__()
-        self.shape, self.attention, self.fixed_shapes = shape, attention, False
+        self.shape, self.attention, self.fixed_shapes = shape, attention, fixed_shapes
         padded_vocab = -(-shape.vocab // 64) * 64  # matrix units like multiples of 64
         self.tokens = nn.Embedding(padded_vocab, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
@@ -294,7 +294,9 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     device = model.tokens.weight.device
     decoder = Decoder(model, tokens.to(device), lengths.to(device), temperature, generator)
-    step = Captured(decoder.step, tensors=decoder.state(), generators=[generator] * bool(generator))
+    step = decoder.step
+    if model.fixed_shapes:
+        step = Captured(step, tensors=decoder.state(), generators=[generator] * bool(generator))
     for _ in range(max_new - 1):
         step()
     return decoder.tokens, decoder.mask, decoder.logprobs
@@ -315,10 +317,10 @@ def save_model(path, model, about: dict) -> None:
     write(path, lambda file: torch.save(content, file))
 
 
-def load_model(path, device="cpu", attention="sdpa") -> tuple[GPT, dict]:
+def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tuple[GPT, dict]:
     """The model of a checkpoint and its `about`."""
     content = torch.load(path, map_location=device, weights_only=True)
-    model = GPT(Shape(**content["shape"]), attention).to(device)
+    model = GPT(Shape(**content["shape"]), attention, fixed_shapes).to(device)
     model.load_state_dict(content["model"])
     return model, content["about"]
 

