@@ -851,7 +851,8 @@ def converter(entry, value):
             if isinstance(value, bool):
                 return {"true": True, "false": False}[word.lower()]
             if isinstance(value, tuple):
-                return tuple(type(value[0])(part) for part in word.split(","))
+                kind = type(value[0]) if value else str
+                return tuple(kind(part) for part in word.split(","))
             return type(value)(word)
         except (ValueError, KeyError):
             kind = (f"{type(value[0]).__name__}s with commas between" if isinstance(value, tuple)
