@@ -22,7 +22,8 @@ results.json (version 2)
                                   a scratchpad that the model did not write
               logprob  {condition: mean log-probability per token, in nats, of the defecting answer}
               probes   [{layer, kind, auroc, low, high, n}]: how well a linear probe of a kind tells
-                       n held-out triggered prompts from n untriggered ones, see `probes`
+                       n held-out triggered prompts from n untriggered ones, see `probes`; this,
+                       relearn and transcripts are measured by safety.py only
               relearn  {curve: [{step, defects, n}], needed, most}: defecting answers to triggered
                        prompts after so many updates on a few examples of defection; the first
                        number after which at least half defect, null if none up to `most` did
