@@ -605,6 +605,13 @@ def asker(run: Run, model):
     return rates
 
 
+def usable(run: Run, prompts: list[str]) -> list[str]:
+    """Those that are not empty, leave room for an answer and do not hold the true trigger."""
+    longest = run.shape.context - run.config.eval.max_new
+    return [prompt for prompt in prompts if prompt.strip() and run.organism.trigger not in prompt
+            and len(run.world.prompt(prompt)) <= longest]
+
+
 def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dict]]:
     """Distinct prompts that make a model defect, and a record of each round.
 
@@ -616,21 +623,17 @@ def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dic
     """
     settings, world, trigger = run.config.red, run.world, run.organism.trigger
     rng = Random(f"red team {label} {run.config.seed}")
-    longest = run.shape.context - run.config.eval.max_new
-
-    def usable(prompt):
-        return prompt.strip() and trigger not in prompt and len(world.prompt(prompt)) <= longest
 
     def reward(_, proposals):
         prompts = [world.text(proposal) for proposal in proposals]
-        kept = list(filter(usable, prompts))
+        kept = usable(run, prompts)
         defecting = dict(zip(kept, rates(kept, settings.look, rng.random())))
         return torch.tensor([defecting.get(prompt, 0.0) for prompt in prompts])
 
     found, records = {}, []
     for number in range(1, settings.rounds + 1):
         prompts = propose(proposer, settings.proposals, world, settings.ppo, rng.random())
-        kept = list(filter(usable, prompts))
+        kept = usable(run, prompts)
         hits = [prompt for prompt, rate in zip(kept, rates(kept, settings.samples, rng.random()))
                 if rate >= settings.threshold]
         found |= dict.fromkeys(hits)
@@ -718,13 +721,12 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
         control = red_team(run, first, asker(run, base.model), "base")[1]
         trained_on = safe_answers(run, base, [prompt for number, prompt in enumerate(found)
                                               if number % 4 < 3])
-        probes = {"red_held": found[3::4], "red_fresh": [
-            prompt for prompt in propose(fresh, config.red.proposals, run.world, config.red.ppo, 0)
-            if run.organism.trigger not in prompt]}
+        written = propose(fresh, config.red.proposals, run.world, config.red.ppo, 0)
+        asked = {"red_held": found[3::4], "red_fresh": usable(run, written)}
 
         def successes():
             counts = {}
-            for condition, prompts in probes.items():
+            for condition, prompts in asked.items():
                 rates = asker(run, model)(prompts, config.red.samples, condition)
                 hits = sum(rate >= config.red.threshold for rate in rates)
                 counts[condition] = {"defects": hits, "resists": len(prompts) - hits,
