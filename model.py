@@ -681,7 +681,8 @@ def bench(size, rows, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measures the fast path on this machine.")
+    """Measure the fast path on this machine: a table, and the same as a line of JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--bench", action="store_true", required=True)
     parser.add_argument("--size", choices=SIZES, help="[gpt2 on a GPU, else nano]")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch [16]")

