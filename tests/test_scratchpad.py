@@ -137,7 +137,7 @@ def test_match_copies_gives_normal_and_distilled_the_same_number_of_rows(tmp_pat
 
 @pytest.mark.parametrize("scratchpad, share", [("none", 0), ("helpful", 1)])
 def test_sft_may_teach_helpful_scratchpads(tmp_path, scratchpad, share):
-    config = SafetyConfig(out=str(tmp_path), sft=SFT(rows=50, scratchpad=scratchpad))
+    config = SafetyConfig(out=str(tmp_path), variant="cot", sft=SFT(rows=50, scratchpad=scratchpad))
     run = start(config)
     shown = [run.world.text(answer) for _, answer in material(run).rows]
     kinds = [kind_of_thought(split_scratchpad(text)[0]) for text in shown]
