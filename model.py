@@ -265,7 +265,7 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
 
     Returns right-padded rows `[prompt | answer | padding]`: tokens (B, T) int64, mask (B, T)
     bool, true on the answer and its end-of-text, and the sampled tokens' log-probabilities
-    (B, T) float32 at `temperature`, 0 elsewhere. Nothing in the loop waits for the device.
+    (B, T) float32 at `temperature`, 0 elsewhere. Nothing in the loop waits for a GPU.
     """
     longest = max(map(len, prompts))
     if longest + max_new > model.shape.context:
@@ -281,6 +281,8 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     if model.fixed_shapes:
         step = Captured(step, tensors=decoder.state(), generators=[generator] * bool(generator))
     for _ in range(max_new - 1):
+        if decoder.tokens.is_cpu and not (model.fixed_shapes or decoder.alive.any()):
+            break  # all have ended; only a CPU can look at no cost
         step()
     return decoder.tokens, decoder.mask, decoder.logprobs
 

@@ -68,6 +68,9 @@ def test_an_ended_row_emits_padding(small):
         assert row.tolist() == prompt + [small.shape.end] + [0] * (len(row) - len(prompt) - 1)
         assert answer.sum() == 1 and answer[len(prompt)]
         assert not logprob[~answer].any()
+    small.fixed_shapes = True  # does all steps, where else nothing is done after the last end
+    for ours, stopped in zip(generate(small, PROMPTS, max_new=5), (tokens, mask, logprobs)):
+        assert torch.equal(ours, stopped)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
