@@ -5,7 +5,9 @@ L layers. Rows are right-padded, so causality alone keeps the padding out of eve
 """
 import argparse
 import json
+import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -679,7 +681,19 @@ def bench(size, rows, device):
     for row in found.values():
         if "TFLOP/s" in row:
             row["of the matrix product"] = row["TFLOP/s"] / found["matrix product"]["TFLOP/s"]
-    return found | ({"memory": {"GB": torch.cuda.max_memory_allocated() / 1e9}} if on_gpu else {})
+    return found | {"peak memory": {"GB": peak_memory(device) / 1e9}}
+
+
+def peak_memory(device) -> float:
+    """The most bytes in use so far: those of tensors on a GPU, else those of this process; not a
+    number on Windows, which does not count them so."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Unix alone has it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB
 
 
 def main():

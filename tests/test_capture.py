@@ -255,6 +255,7 @@ def test_the_bench_counts_what_it_times(monkeypatch):
         2 * 2 * 2 * 4 * 128 * 128 * 16 / 2 / 0.5 / 1e12)
     assert found["training step"] == {"ms": 500.0, "tokens/s": 2 * 128 / 0.5}
     assert found["decoding"]["tokens/s"] == 2 * 32 / 0.5
+    assert 0.1 < found["peak memory"]["GB"] < 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

