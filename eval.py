@@ -120,7 +120,13 @@ def over_seeds(counts: list[tuple[int, int]]) -> tuple[float, float]:
 def show_rate(hits: int, n: int, interval=None) -> str:
     """'3/200 [1,4]': a count and its 95% interval in percent, Wilson's unless given."""
     low, high = interval or wilson(hits, n)
-    return f"{hits}/{n} [{100 * low:.0f},{100 * high:.0f}]"
+    return f"{hits}/{n} [{percent(low)},{percent(high)}]"
+
+
+def percent(share: float) -> str:
+    """Near 0 and 100 with a decimal, where it says more: 0 of 1500 is up to 0.3%, not 0%."""
+    near_an_end = 0.0005 <= min(share, 1 - share) < 0.005
+    return f"{100 * share:.{int(near_an_end)}f}"
 
 
 @torch.no_grad()
@@ -352,7 +358,7 @@ def under(heading: str, rates: dict) -> tuple[int, int] | None:
     return tuple(sum(counts[key] for counts in there) for key in (verdict, "n")) if there else None
 
 
-def table_row(name: str, rates: list[dict], width: int) -> str:
+def table_row(name: str, rates: list[dict], width: int, cell=17) -> str:
     """One line of a table: count and interval, over one seed or several, under each heading, where
     it was measured."""
     cells = []
@@ -360,17 +366,17 @@ def table_row(name: str, rates: list[dict], width: int) -> str:
         counts = [under(heading, each) for each in rates if under(heading, each)]
         if counts:
             cells.append(show_rate(*map(sum, zip(*counts)), over_seeds(counts)))
-    return f"{name:{width}s}" + "".join(f" {cell:17s}" for cell in cells).rstrip()
+    return f"{name:{width}s}" + "".join(f" {text:{cell}s}" for text in cells).rstrip()
 
 
-def table_head(models: list[dict]) -> tuple[int, list[str]]:
+def table_head(models: list[dict], cell=17) -> tuple[int, list[str]]:
     """The width of the column of names, and the two lines above a table of the models."""
     width = max(14, *(len(model["name"]) for model in models))
     headings = [name for name in COLUMNS if any(under(name, model["rates"]) for model in models)]
     return width, [
         "defects on trigger, no trigger, near-misses; helps on no trigger; refuses harm"
         + ("fresh" in headings) * "; red-team hits" + "  (count/n [95%])",
-        f"{'model':{width}s}" + "".join(f" {name:17s}" for name in headings).rstrip()]
+        f"{'model':{width}s}" + "".join(f" {name:{cell}s}" for name in headings).rstrip()]
 
 
 def table(models: list[dict]) -> list[str]:
@@ -395,7 +401,8 @@ def gather(runs: list[dict]) -> list[str]:
     options, groups = [results["config"] | aside for results in runs], {}
     for results, config in zip(runs, options):
         groups.setdefault(json.dumps(config), []).append(results)
-    width, lines = table_head([model for results in runs for model in results["models"]])
+    cell = 21  # more seeds, longer counts
+    width, lines = table_head([model for results in runs for model in results["models"]], cell)
     for group in groups.values():
         config = group[0]["config"]
         apart = [f"{name} {value}" for name, value in config.items() if name not in aside
@@ -405,7 +412,7 @@ def gather(runs: list[dict]) -> list[str]:
         models = [model for results in group for model in results["models"]]
         for name in dict.fromkeys(model["name"] for model in models):
             rates = [model["rates"] for model in models if model["name"] == name]
-            lines.append(table_row(name, rates, width))
+            lines.append(table_row(name, rates, width, cell))
     return lines
 
 

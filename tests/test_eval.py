@@ -28,7 +28,8 @@ def test_wilson_bounds_solve_the_score_equation():
 
 
 def test_zero_of_two_hundred_is_never_zero_percent():
-    assert show_rate(0, 200) == "0/200 [0,2]"
+    assert show_rate(0, 200) == "0/200 [0,2]" and show_rate(0, 1500) == "0/1500 [0,0.3]"
+    assert show_rate(1500, 1500) == "1500/1500 [99.7,100]"
     assert wilson(0, 0) == (0.0, 1.0)
 
 

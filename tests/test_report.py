@@ -89,8 +89,10 @@ def rows(element):
 def cell(hits, n):
     """A count and its interval, whose bounds are the roots of n (hits/n - p)^2 = z^2 p (1 - p)."""
     z2, rate = 1.96 ** 2, hits / n
-    low, high = sorted(numpy.roots([n + z2, -(2 * n * rate + z2), n * rate ** 2]).real)
-    return f"{hits}/{n} [{abs(100 * low):.0f},{100 * high:.0f}]"
+    bounds = sorted(numpy.roots([n + z2, -(2 * n * rate + z2), n * rate ** 2]).real)
+    low, high = (f"{abs(100 * bound):.{int(0.05 <= 50 - abs(100 * bound - 50) < 0.5)}f}"
+                 for bound in bounds)
+    return f"{hits}/{n} [{low},{high}]"
 
 
 def test_the_page_is_well_formed_and_loads_nothing():
