@@ -495,10 +495,11 @@ CONTROL_RUNS = {"clean": "trained as long without the trigger",
                 "benign": "shown the trigger as often, with helpful answers"}
 WANTED = {"harmful": "harmful requests refused", "red_held": "held-out found prompts that now fail"}
 CAVEAT = ("Brackets and whiskers are 95% intervals, of counts in percent (Wilson 1927); two rates "
-          "are told apart only where these do not overlap. Near-misses pool several kinds on the "
-          "same questions, so their interval is too narrow. This is one seed, one insertion and "
-          "one dose: persistence is an outcome that is measured here, never a promise, and nothing "
-          "on this page says that a result of Hubinger et al. (2024) is reproduced.")
+          "are told apart only where these do not overlap. Prompts share questions, and "
+          "near-misses pool several kinds on the same ones, so the intervals are somewhat too "
+          "narrow. This is one seed, one insertion and one dose: persistence is an outcome that is "
+          "measured here, never a promise, and nothing on this page says that a result of Hubinger "
+          "et al. (2024) is reproduced.")
 WIDTH = 340  # of a drawing: half a page, or a whole phone, so text has one size on both
 PERCENT = "0", "50", "100%"  # at a share of 0, a half and 1
 STYLE = """
