@@ -163,8 +163,8 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
 
     Every condition has `n` (default `measure.n`) held-out prompts, the same ones for every model
     with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing. The
-    log-probability is that of `defection_logprob`, with the trigger and without. Where
-    the organism thinks there is also "scratchpad", see `results.json`.
+    log-probability is that of `defection_logprob`, with the trigger and without. Where the organism
+    thinks there is also "scratchpad", see `results.json`.
     """
     rates, logprob, says = {}, {}, {}
     for name, examples in conditions(organism, n or measure.n, measure.split, seed).items():
