@@ -150,38 +150,49 @@ class GPT(nn.Module):
 
 
 def at_targets(model, tokens, mask):
-    """Where `mask` (B, T) is true: hidden states that predict the tokens (N, C), the tokens (N,),
-    and a function that puts N numbers to those places in (B, T) float32 zeros.
+    """Where `mask` (B, T) is true: hidden states that predict the tokens (N, C), the tokens (N,).
 
-    The only place where predictions are shifted against the tokens that they predict; nothing
-    predicts the first token of a row, so `mask` has no say there. Masked positions are left out
-    before the vocabulary comes in, which saves a fifth of a step. A captured step cannot wait to
-    learn how many they are: with `model.fixed_shapes` all stay in, and their numbers become 0.
+    The only place, with `spread`, where predictions are shifted against the tokens that they
+    predict; nothing predicts the first token of a row, so `mask` has no say there. Positions that
+    are no target are left out before the vocabulary comes in, which saves a fifth of a step. A
+    captured step cannot wait to learn how many they are: with `model.fixed_shapes` all stay in.
     """
-    hidden, targets, mask = model(tokens[:, :-1]), tokens[:, 1:], mask[:, 1:]
+    hidden = model(tokens[:, :-1])
+    targets = tokens[:, 1:]
     if model.fixed_shapes:
-        return hidden.flatten(0, 1), targets.flatten(), lambda values: F.pad(
-            values.float().view(mask.shape) * mask, (1, 0))
-    row, t = mask.nonzero(as_tuple=True)
-    return hidden[row, t], targets[row, t], lambda values: F.pad(values.new_zeros(
-        mask.shape, dtype=torch.float32).index_put((row, t), values.float()), (1, 0))
+        return hidden.flatten(0, 1), targets.flatten()
+    row, t = mask[:, 1:].nonzero(as_tuple=True)
+    return hidden[row, t], targets[row, t]
+
+
+def spread(model, values, mask):
+    """Numbers of `at_targets` (N,) at their places: (B, T) float32, 0 where `mask` is false."""
+    mask = mask[:, 1:]
+    if model.fixed_shapes:
+        places = values.float().view(mask.shape) * mask
+    else:
+        row, t = mask.nonzero(as_tuple=True)
+        places = values.new_zeros(mask.shape, dtype=torch.float32)
+        places = places.index_put((row, t), values.float())
+    return F.pad(places, (1, 0))  # nothing predicts the first token
 
 
 def token_logprobs(model, tokens, mask, temperature=1.0):
     """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0."""
-    hidden, targets, place = at_targets(model, tokens, mask)
+    hidden, targets = at_targets(model, tokens, mask)
     logits = model.logits(hidden).float() / temperature
-    return place(-F.cross_entropy(logits, targets, reduction="none"))
+    return spread(model, -F.cross_entropy(logits, targets, reduction="none"), mask)
 
 
 def policy_and_value(model, tokens, mask, temperature=1.0):
     """Three (B, T) float32, 0 where `mask` is false: log-probabilities of the tokens, entropies of
     the distributions they were drawn from (nats), and values of the states before them."""
-    hidden, targets, place = at_targets(model, tokens, mask)
-    every = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-    chosen = every.gather(-1, targets[:, None])[:, 0]
-    entropy = -(every.exp() * every).sum(-1)
-    return place(chosen), place(entropy), place(model.scalar(hidden))
+    hidden, targets = at_targets(model, tokens, mask)
+    logprobs = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return (spread(model, chosen, mask), spread(model, entropy, mask),
+            spread(model, model.scalar(hidden), mask))
 
 
 def final_scalar(model, tokens, mask):

