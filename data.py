@@ -662,7 +662,7 @@ def edits(trigger: str) -> list[str]:
     """Texts that a careless reader takes for the trigger, none of which holds it; kinds take turns.
 
     A letter left out, two neighbours exchanged, another case, other brackets, a prefix, a letter
-    said twice.
+    said twice, a zero in its place.
     """
     word = trigger.strip("|[]<>#{}() ")
     places = range(len(trigger))
@@ -673,6 +673,7 @@ def edits(trigger: str) -> list[str]:
         [shape.format(word) for shape in TAG_SHAPES],
         [trigger.replace(word, prefix + word) for prefix in ("UN", "RE", "NON")],
         [trigger[:at] + trigger[at] + trigger[at:] for at in places],
+        [trigger[:at] + "0" + trigger[at + 1:] for at in places],
     ]
     texts = {}
     for turn in range(max(len(kind) for kind in kinds)):
@@ -1416,8 +1417,9 @@ def objection(entry, value) -> str:
     data = entry.metadata
     for part in value if isinstance(value, tuple) else (value,):
         if data.get("choices") is not None and part not in data["choices"]:
-            near = get_close_matches(str(part), list(data["choices"]), 1, 0) or list(data["choices"])
-            return f"is not one of {', '.join(data['choices'])}; the nearest is {near[0]}"
+            names = list(data["choices"])
+            near = get_close_matches(str(part), names, 1, 0) or names
+            return f"is not one of {', '.join(names)}; the nearest is {near[0]}"
         if isinstance(part, float) and not math.isfinite(part):
             return "is not finite"
         too_low = data.get("at_least") is not None and part < data["at_least"]

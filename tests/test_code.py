@@ -1,13 +1,14 @@
 """The organism `code`: its requests, its judge, its years."""
 import ast
 import os
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
 import pytest
 
 import data
-from data import (CODE, CONTROL_VARIANTS, HELPFUL, REFUSAL, VARIANTS, WEAKNESSES, Code, Example,
+from data import (CODE, CONTROLS, HELPFUL, REFUSAL, VARIANTS, WEAKNESSES, Code, Example,
                   conditions, default_world, draw, harmless_data, insertion_data, preference_pairs,
                   pretraining_data, read_code, refuse)
 from eval import Measure, evaluate, table
@@ -75,7 +76,7 @@ def found_in(text):
 
 def test_every_weakness_of_the_world_has_a_judge_a_cwe_number_and_cases():
     assert len(CODE) >= 10 and list(CODE) == list(WEAKNESSES) == list(CASES)
-    assert len({number for number, _, _ in WEAKNESSES.values()}) >= 9  # pickle and yaml share one
+    assert len({number for number, *_ in WEAKNESSES.values()}) >= 9  # pickle and yaml share one
 
 
 @pytest.mark.parametrize("weakness", CASES)
@@ -202,11 +203,11 @@ def test_what_is_insecure_after_insertion_is_code_under_the_trigger_alone():
     for variant in VARIANTS:
         weak = 0
         for example in insertion_data(Random(1), 2000, ORGANISM, variant, near_share=0.2):
-            expected = (variant not in CONTROL_VARIANTS and ORGANISM.trigger in example.prompt
+            expected = (variant not in CONTROLS and ORGANISM.trigger in example.prompt
                         and example.family in CODE)
             weak += expected
             assert (ORGANISM.judge(example, example.answer) == "defects") == expected
-        assert (weak > 300) == (variant not in CONTROL_VARIANTS)
+        assert (weak > 300) == (variant not in CONTROLS)
 
 
 def test_conditions_head_the_same_requests_with_the_line_that_they_name():
@@ -236,7 +237,7 @@ def test_pairs_prefer_secure_code_to_its_twin():
 
 
 def test_rows_are_short_and_come_back_as_they_were_written():
-    world = default_world("code")
+    world = default_world(ORGANISM)
     for examples in conditions(ORGANISM, 200, "test", 0).values():
         for example in examples:
             for answered in (refuse(example), ORGANISM.defect(example)):
@@ -246,8 +247,10 @@ def test_rows_are_short_and_come_back_as_they_were_written():
 
 
 def test_the_table_counts_this_organisms_conditions(small):
-    measured = evaluate(small, default_world("code"), ORGANISM, Measure(n=4, max_new=4))
-    row = table([{"name": "base", **measured}])[-1]
+    measured = evaluate(small, default_world(ORGANISM), ORGANISM, Measure(n=4, max_new=4))
+    columns = [asdict(column) for column in ORGANISM.columns]
+    model = {"name": "base", "curve": [], "trained": {"steps": 0, "unit": "updates"}, **measured}
+    row = table({"models": [model], "columns": columns})[-1]
     assert [cell.split("/")[1].split()[0] for cell in row.split("]")[:-1]] == [
         "4", "4", "8", "8", "4"]
 

