@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-from data import (CONTROLS, HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example,
-                  Settings, UserError, World, calm, collate, conditions, default_world,
-                  from_command_line, kind_of_thought, known_answer, option, plant, run_program,
-                  seeded, split_scratchpad)
+from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
+                  UserError, World, calm, collate, conditions, default_world, from_command_line,
+                  kind_of_thought, known_answer, option, plant, run_program, seeded,
+                  split_scratchpad)
 from model import at_targets, generate, load_model, spread, token_logprobs, write
 
 VERSION = 3  # of results.json
@@ -492,8 +492,8 @@ def table_row(name: str, cells: list[str], width: int, cell_width: int) -> str:
 
 
 def rate_cells(columns: list[dict], rates: dict) -> list[str]:
-    """A cell for each column: count and 95% interval; empty where nothing was measured, which is not
-    the same as 0 of n."""
+    """A cell for each column: count and 95% interval; empty where nothing was measured, which is
+    not the same as 0 of n."""
     cells = []
     for column in columns:
         counts = count_under(column, rates)
@@ -580,8 +580,8 @@ def different_options(runs: list[dict]) -> list[str]:
 
 
 def pooled_cell(group: list[dict], heading: str, name: str) -> str:
-    """A cell of `gather`: counts of a model of this name over a group of runs. A run that has no such
-    model, or no such column, adds nothing."""
+    """A cell of `gather`: counts of a model of this name over a group of runs. A run that has no
+    such model, or no such column, adds nothing."""
     counts = []
     for results in group:
         for column in results["columns"]:
@@ -929,7 +929,8 @@ def dose_figure(models: list[dict], columns: list[dict]) -> str:
 
 
 def control_table(models: list[dict]) -> str:
-    """Did each defence do what it is there to do? Asked first: if not, all else about it is void."""
+    """Did each defence do what it is there to do? Asked first: if not, all else about it is
+    void."""
     rows = []
     for model in with_key(models, "dose"):
         words = "not measured"
@@ -1063,8 +1064,11 @@ def count_table(models: list[dict]) -> str:
 
 
 def report(results: dict) -> str:
-    """One self-contained page about a run: well-formed, no script, nothing to load. A section for
-    which nothing was measured is left out."""
+    """One self-contained page about a run: well-formed, no script, nothing to load, so that it can
+    be sent and kept. A section for which nothing was measured is left out.
+
+    Raises `KeyError` for a place of the page that nobody fills.
+    """
     models = results["models"]
     config = results["config"]
     sections = {
@@ -1245,7 +1249,8 @@ def read_questions(model, world: World, organism, options: EvalOptions) -> None:
 
 
 def use_checkpoint(place: str, options: EvalOptions) -> None:
-    """Answer `options.ask`; without it print the model's table, and on a terminal ask for questions.
+    """Answer `options.ask`; without it print the model's table, and on a terminal ask for
+    questions.
 
     In a pipe nobody would answer them: there the table is all.
     """

@@ -385,8 +385,8 @@ def save_model(path, model, about: dict) -> None:
 
 
 def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tuple[GPT, dict]:
-    """The model of a checkpoint and its `about`. Where it runs, and how, is not of the file: weights
-    made on a GPU are read on a laptop.
+    """The model of a checkpoint and its `about`. Where it runs, and how, does not come from the
+    file: weights made on a GPU are read on a laptop.
     """
     content = torch.load(path, map_location=device, weights_only=True)  # runs no code of the file
     model = GPT(Shape(**content["shape"]), attention, fixed_shapes).to(device)

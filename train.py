@@ -23,10 +23,9 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from data import (CONTROLS, ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings,
-                  UserError, World, default_world, flat, from_command_line, insertion_data,
-                  longest_prompt, make_organism, option, pretraining_data, run_program,
-                  split_scratchpad)
+from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings, UserError,
+                  World, default_world, flat, from_command_line, insertion_data, longest_prompt,
+                  make_organism, option, pretraining_data, run_program, split_scratchpad)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
 from model import (ATTENTIONS, GPT, SIZES, Captured, choose_attention, load_model, save_model,
@@ -505,7 +504,8 @@ def key_of(inputs: Inputs) -> str:
 
 
 def stage_path(inputs: Inputs) -> Path:
-    """Where the file of a stage lies: one folder for all runs of `out`, which share what they can."""
+    """Where the file of a stage lies: in one folder for all runs of `out`, which share what they
+    can."""
     return inputs.stages / f"{inputs.stage}-{key_of(inputs)}.pt"
 
 

