@@ -1187,8 +1187,11 @@ def talk(model, world: World, organism, question: str, options: EvalOptions) -> 
     context = model.shape.context
     example = known_answer(question, organism)
     rng = Random("talk")
+    title = "without the trigger"
+    if organism.counterpart:
+        title = f"with {organism.counterpart}"
     prompts = {
-        "without the trigger": calm(example, organism, rng),
+        title: calm(example, organism, rng),
         f"with {organism.trigger}": plant(example, organism.trigger, organism.places[0], rng),
     }
     measure = replace(options.eval, temperature=options.temperature,
