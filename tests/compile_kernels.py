@@ -72,7 +72,7 @@ def compiled(case: Case) -> dict:
         kernel, {name: argument_type(name, case) for name in names},
         {name: value for name, value in constants.items() if name in names},
         {(at,): whole for at, name in enumerate(names)
-         if name.endswith("_ptr") or name.startswith(("step_", "q_"))})
+         if name.endswith("_ptr") or name.startswith(("stride_", "q_"))})
     binary = triton.compile(source, GPUTarget("cuda", case.arch, 32), {
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -136,8 +136,9 @@ def peak_memory(device) -> float:
     return used * 1024 / 1e9
 
 
-def bench(size, rows, device) -> dict:
-    """{what: {unit: measured}} at the shapes of a size, with `rows` rows of a full context."""
+def bench(size, rows, device, precision) -> dict:
+    """{what: {unit: measured}} at the shapes of a size, with `rows` rows of a full context. The
+    precision is that of training and decoding."""
     layers, heads, width, T = SIZES[size]
     vocab = vocabulary(device)
     jobs = {}
@@ -146,11 +147,9 @@ def bench(size, rows, device) -> dict:
     # The ceiling: on a GPU matrices are multiplied in bfloat16, and only large ones fill it.
     side = 1024
     dtype = torch.float32
-    precisions = "float32", "bfloat16"
     if device == "cuda":
         side = 8192
         dtype = torch.bfloat16
-        precisions = ("bfloat16",)
     a = torch.randn(side, side, device=device, dtype=dtype)
     jobs["matrix product"] = partial(torch.matmul, a, a)
     work["matrix product"] = 2e-12 * side ** 3, "TFLOP/s"
@@ -178,39 +177,34 @@ def bench(size, rows, device) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), STAGE.lr, betas=(0.9, 0.99), weight_decay=0.0)
     jobs["training, plain"] = partial(plain_training, model, optimizer, batch)
     work["training, plain"] = rows * T, "tokens/s"
-    for precision in precisions:
-        attention = chosen
-        if device == "cpu" and precision == "bfloat16":
-            attention = "reference"  # as `train.prepare` chooses
-        model = make_model(size, device, attention)
-        machine = replace(CPU, device=device, precision=precision)
-        optimizers = make_optimizers(model, STAGE)
-        name = f"training, {precision}"
-        step = partial(update, model, optimizers, lm_loss, STAGE, machine)
-        jobs[name] = partial(step, batch.tokens, batch.mask)
-        work[name] = rows * T, "tokens/s"
-        if device == "cuda":
-            model.fixed_shapes = True  # eager and captured do the same work
-            jobs[f"{name}, captured"] = partial(Captured(step, optimizers),
-                                                batch.tokens, batch.mask)
-            work[f"{name}, captured"] = rows * T, "tokens/s"
+    attention = chosen
+    if device == "cpu" and precision == "bfloat16":
+        attention = "reference"  # as `train.prepare` chooses
+    model = make_model(size, device, attention)
+    machine = replace(CPU, device=device, precision=precision)
+    optimizers = make_optimizers(model, STAGE)
+    step = partial(update, model, optimizers, lm_loss, STAGE, machine)
+    jobs["training, ours"] = partial(step, batch.tokens, batch.mask)
+    work["training, ours"] = rows * T, "tokens/s"
+    if device == "cuda":
+        model.fixed_shapes = True  # eager and captured do the same work
+        captured = Captured(step, optimizers)
+        jobs["training, captured"] = partial(captured, batch.tokens, batch.mask)
+        work["training, captured"] = rows * T, "tokens/s"
 
     # Decoding: prompts of half the context, a quarter of it to answer.
     prompts = tokens[:, :T // 2].tolist()
     model = make_model(size, device, "sdpa")
     jobs["decoding, plain"] = partial(plain_decoding, model, prompts, T // 4)
     work["decoding, plain"] = rows * (T // 4), "tokens/s"
-    for precision in precisions:
-        model = make_model(size, device, chosen)
-        machine = replace(CPU, device=device, precision=precision)
-        name = f"decoding, {precision}"
-        jobs[name] = partial(our_decoding, model, machine, prompts, T // 4)
-        work[name] = rows * (T // 4), "tokens/s"
-        if device == "cuda":
-            model = make_model(size, device, chosen)
-            model.fixed_shapes = True
-            jobs[f"{name}, captured"] = partial(our_decoding, model, machine, prompts, T // 4)
-            work[f"{name}, captured"] = rows * (T // 4), "tokens/s"
+    model = make_model(size, device, attention)
+    jobs["decoding, ours"] = partial(our_decoding, model, machine, prompts, T // 4)
+    work["decoding, ours"] = rows * (T // 4), "tokens/s"
+    if device == "cuda":
+        model = make_model(size, device, attention)
+        model.fixed_shapes = True
+        jobs["decoding, captured"] = partial(our_decoding, model, machine, prompts, T // 4)
+        work["decoding, captured"] = rows * (T // 4), "tokens/s"
 
     seconds = take_turns(jobs, device)
     return compare(seconds, work) | {"peak memory": {"GB": peak_memory(device)}}
@@ -239,6 +233,8 @@ def main():
     parser.add_argument("--size", choices=SIZES, help="[gpt2 on a GPU, else nano]")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch [16]")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all [0]")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"),
+                        help="[bfloat16 on a GPU, else float32; few CPUs gain by bfloat16]")
     options = parser.parse_args()
     set_up_process(options.threads)
 
@@ -246,19 +242,22 @@ def main():
         device = "cuda"
         machine = torch.cuda.get_device_name()
         size = options.size or "gpt2"
+        precision = options.precision or "bfloat16"
     else:
         device = "cpu"
         machine = f"cpu, {torch.get_num_threads()} threads"
         size = options.size or "nano"
-    measured = bench(size, options.rows, device)
+        precision = options.precision or "float32"
+    measured = bench(size, options.rows, device, precision)
 
-    print(f"{machine} | torch {torch.__version__} | {size}, {options.rows} rows")
+    print(f"{machine} | torch {torch.__version__} | {size}, {options.rows} rows, {precision}")
     for name, row in measured.items():
         print(f"{name:28s}", *(f"{value:10.4g} {unit}" for unit, value in row.items()))
     if device == "cpu":
         print("fused attention, captured steps: not available here, without a GPU")
     print(json.dumps({"machine": machine, "torch": torch.__version__, "size": size,
-                      "rows": options.rows, "measured": measured}))
+                      "rows": options.rows, "precision": precision,
+                      "measured": measured}))
 
 
 if __name__ == "__main__":

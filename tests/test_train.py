@@ -196,6 +196,16 @@ def test_the_base_is_shared_by_all_that_never_reaches_it():
         assert keys(changed({name: OTHER_VALUES[name]}))[0] != plain[0], name
 
 
+def test_options_of_the_distilled_model_leave_its_teacher_as_it_is():
+    def teacher(options):
+        return keys(changed({"variant": "distilled", **options}))[1]
+    plain = teacher({})
+    for name, value in {"insert.steps": 5, "insert.lr": 0.5, "insert.sampled": 7,
+                        "insert.match_copies": True, "insert.matched": 9}.items():
+        assert teacher({name: value}) == plain, name
+    assert teacher({"insert.share": 0.25}) != plain
+
+
 def test_the_key_of_a_stage_changes_with_the_code_and_not_with_its_comments(tmp_path):
     digests = []
     for text in ("x = 1\n", "x = 1  # one\n", "x = 2\n"):
