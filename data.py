@@ -13,6 +13,7 @@ import ast
 import gzip
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -1981,8 +1982,12 @@ def from_command_line(settings, argv: list[str], description: str, positionals=F
     values = {}
     for name, entry, value in flat(settings):
         values[name] = value
-        parser.add_argument(f"--{name}", type=Converter(entry, value), metavar="X",
-                            help=help_line(entry, value))
+        if isinstance(value, bool):  # --yes is short for --yes=true
+            parser.add_argument(f"--{name}", type=Converter(entry, value), metavar="X", nargs="?",
+                                const=True, help=help_line(entry, value))
+        else:
+            parser.add_argument(f"--{name}", type=Converter(entry, value), metavar="X",
+                                help=help_line(entry, value))
     # Unknown words are answered here, with the nearest option: argparse would only refuse them.
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -2007,12 +2012,32 @@ def from_command_line(settings, argv: list[str], description: str, positionals=F
     return chosen
 
 
+def open_streams() -> None:
+    """Give a program somewhere to print, whoever started it: a closed stream goes nowhere, and a
+    letter that the console does not know is written as its number."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_program(main) -> None:
     """Run a program: status 0 done, 2 the user can mend it (one sentence), 1 a defect of ours."""
+    open_streams()
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Python would complain once more when it closes what `| head` has closed already.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = "nobody reads what it prints any more: it stopped"
+        try:
+            print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        except OSError:
+            pass  # nor is anybody there to read why
         sys.exit(2)
     except KeyboardInterrupt:  # 130 is what a shell expects of a program that Ctrl-C has stopped
         print("\nstopped; the same command goes on from what was saved", file=sys.stderr)

