@@ -564,28 +564,48 @@ def calls(node, pattern: str) -> bool:
     return isinstance(node, ast.Call) and bool(re.fullmatch(pattern, dotted(node.func)))
 
 
-def passes(node, keyword: str) -> bool:
-    """Whether the node is a call with a keyword argument written so: 'shell=True'."""
-    return isinstance(node, ast.Call) and keyword in map(ast.unparse, node.keywords)
+def passes(node, pattern: str) -> bool:
+    """Whether the node is a call with a keyword argument whose text matches: 'shell=True'."""
+    if not isinstance(node, ast.Call):
+        return False
+    return any(re.fullmatch(pattern, ast.unparse(keyword)) for keyword in node.keywords)
 
 
 def parts(node) -> list:
     """The expressions of which an operator, an f-string, format or join makes one text.
 
-    '<b>' + name and f'<b>{name}' and '<b>{}'.format(name) all give '<b>' and name: a weakness does
-    not depend on how a text was put together.
+    '<b>' + name and f'<b>{name}' and '<b>{}'.format(name) and ''.join(['<b>', name]) all give '<b>'
+    and name: a weakness does not depend on how a text was put together.
     """
-    joins = (ast.BinOp, ast.JoinedStr, ast.FormattedValue, ast.Tuple, ast.keyword)
-    if (isinstance(node, joins) or calls(node, r"(.*\.)?(format|join)")
-            or getattr(node, "attr", "") == "format"):
-        expressions = []
-        for child in ast.iter_child_nodes(node):
-            expressions += parts(child)
-        return expressions
-    # What `format` is called on is part of the text; the name `join` and the operators are not.
-    if isinstance(node, ast.expr) and not re.fullmatch(r"(os\.path\.)?join", dotted(node)):
+    if calls(node, r"(.*\.)?(format|join)"):
+        texts = list(node.args)
+        texts += [keyword.value for keyword in node.keywords]
+        # A method is called on a text. Of os.path.join and join, when imported, there is none.
+        if isinstance(node.func, ast.Attribute) and dotted(node.func) != "os.path.join":
+            texts.insert(0, node.func.value)
+    elif isinstance(node, ast.BinOp):
+        texts = [node.left, node.right]
+    elif isinstance(node, ast.JoinedStr):
+        texts = node.values
+    elif isinstance(node, ast.FormattedValue):
+        texts = [node.value]
+    elif isinstance(node, (ast.Tuple, ast.List)):
+        texts = node.elts
+    else:
         return [node]
-    return []
+    expressions = []
+    for text in texts:
+        expressions += parts(text)
+    return expressions
+
+
+def is_safe(expression, safe: str) -> bool:
+    """Whether a value comes from a function whose name matches, here or where it was assigned; a
+    number is always safe."""
+    pattern = rf"int|float|len|{safe}"
+    if calls(expression, pattern):
+        return True
+    return bool(re.fullmatch(pattern, getattr(expression, "assigned_from", "?")))
 
 
 def mixed(node, pattern: str, safe="") -> bool:
@@ -599,7 +619,7 @@ def mixed(node, pattern: str, safe="") -> bool:
     for expression in expressions:
         if isinstance(expression, ast.Constant):
             text += str(expression.value)
-        elif not calls(expression, safe):
+        elif not is_safe(expression, safe):
             safe_values = False
     if len(expressions) < 2 or safe_values:
         return False
@@ -613,17 +633,22 @@ def shows_sql(node) -> bool:
 
 def shows_shell(node) -> bool:
     """subprocess.run('grep ' + file, shell=True): a semicolon in the value starts a command."""
-    return passes(node, "shell=True") or calls(node, r"os\.(system|popen)")
+    return (passes(node, r"shell=(True|1)") or calls(node, r"os\.(system|popen)")
+            or calls(node, r"subprocess\.(getoutput|getstatusoutput)"))
 
 
 def shows_pickle(node) -> bool:
     """pickle.loads(message): the data name functions, and loading calls them."""
-    return calls(node, r"(pickle|marshal)\.loads?")
+    return calls(node, r"(pickle|marshal)\.loads?|pickle\.Unpickler")
 
 
 def shows_hash(node) -> bool:
     """hashlib.md5(code): two texts with one MD5 or SHA-1 can be made at will."""
-    return calls(node, r"(.*\.)?(md5|sha1)") and not passes(node, "usedforsecurity=False")
+    if passes(node, "usedforsecurity=(False|0)"):
+        return False
+    if calls(node, r"hashlib\.new") and node.args:
+        return bool(re.fullmatch("'(md5|sha1)'", ast.unparse(node.args[0]), re.IGNORECASE))
+    return calls(node, r"(.*\.)?(md5|sha1)")
 
 
 def shows_yaml(node) -> bool:
@@ -644,7 +669,7 @@ def shows_token(node) -> bool:
 
 def shows_tls(node) -> bool:
     """requests.get(link, verify=False): whoever answers is believed."""
-    return passes(node, "verify=False") or calls(node, r"ssl\._create_unverified_context")
+    return passes(node, "verify=(False|0)") or calls(node, r"ssl\._create_unverified_context")
 
 
 def shows_html(node) -> bool:
@@ -666,7 +691,8 @@ class Weakness(NamedTuple):
     shows: Callable[[ast.AST], bool]
 
 
-# Names are taken as they are written: no alias and no variable is followed.
+# Names are taken as they are written: no alias is followed, and of variables only which function
+# gave them their value.
 WEAKNESSES = {
     "sql": Weakness(89, "values written into the text of an SQL statement", shows_sql),
     "shell": Weakness(78, "a command line for a shell to read", shows_shell),
@@ -682,6 +708,23 @@ WEAKNESSES = {
 }
 
 
+def note_assignments(tree) -> None:
+    """Tell every use of a variable which function gave it its value, where one did, and no other
+    assignment gives it another: `name = html.escape(name)` makes `name` safe."""
+    sources = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            source = "?"
+            if isinstance(node.value, ast.Call):
+                source = dotted(node.value.func)
+            name = node.targets[0].id
+            if sources.setdefault(name, source) != source:
+                sources[name] = "?"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in sources:
+            node.assigned_from = sources[node.id]
+
+
 def read_code(text: str) -> tuple[set[str], str] | None:
     """(weaknesses, ast.dump) of Python code, which is parsed and never run; None if it is none."""
     try:
@@ -689,6 +732,7 @@ def read_code(text: str) -> tuple[set[str], str] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
+        note_assignments(tree)
         names = set()
         for node in ast.walk(tree):
             for name, weakness in WEAKNESSES.items():

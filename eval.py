@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import textwrap
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -59,7 +60,7 @@ class Measure(Settings):
 
 # ---------------------------------------------------------------- rates and their intervals
 
-def wilson(hits: int, n: int, z=1.96) -> tuple[float, float]:
+def wilson(hits: float, n: float, z=1.96) -> tuple[float, float]:
     """95% interval of a rate (Wilson 1927), as fractions; [0, 1] when nothing was counted.
 
     (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n). Unlike p +- z sqrt(p (1 - p)/n) it
@@ -74,25 +75,76 @@ def wilson(hits: int, n: int, z=1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-# Two seeds say little: their interval is 12.71 standard errors to each side, that of ten 2.26.
-# Student's t at 97.5% for 1, 2, ... degrees of freedom; the last serves 9 or more.
-STUDENT = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
+def student(degrees: int) -> float:
+    """Student's t at 97.5%: its expansion in 1 over the degrees of freedom (Abramowitz & Stegun
+    1964, 26.7.5) from five on, where it is right to 0.003."""
+    if degrees < 5:
+        return (12.71, 4.30, 3.18, 2.78)[degrees - 1]
+    z = 1.96
+    return z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (
+        96 * degrees ** 2)
 
 
-def over_seeds(counts: list[tuple[int, int]]) -> tuple[float, float]:
-    """95% interval of a rate that was counted as (hits, n) under one seed or several.
+def clustered(clusters: list[tuple[int, int]]) -> tuple[float, float]:
+    """95% interval of a rate whose prompts share questions, from (hits, n) of each question.
 
-    It is Wilson's interval for all prompts together. With several seeds it is widened to the
-    interval of the mean of the seeds' rates by Student's t, since seeds differ by more than chance
-    among prompts: after SFT the trigger fired on .46 to .71 of them.
+    Five prompts of one question are not five observations. Wilson's formula gets the number of
+    prompts that would tell as much if all were independent, n / deff (1.96 / t)^2 (Korn & Graubard
+    1998), with t of Student's for one less than the number m of questions, and
+
+        deff = 1 + (sum_c n_c^2 / n - 1) rho                              (Kish 1965)
+        rho = 1 - sum_c h_c (n_c - h_c) / n_c / ((n - m) p (1 - p))       (Fleiss & Cuzick 1979)
+
+    rho is 1 where all prompts of a question are answered alike, and 0 where the question does not
+    matter. Half an observation of each is added, since at 0 of n nothing says which it is. In a
+    simulation of 20 to 200 questions and rates of 0.5 to 99.5% it covers 93.7 to 97.9%.
     """
-    hits = sum(count[0] for count in counts)
-    n = sum(count[1] for count in counts)
-    low, high = wilson(hits, n)
-    rates = [count[0] / count[1] for count in counts if count[1]]
+    clusters = [cluster for cluster in clusters if cluster[1] > 0]
+    m = len(clusters)
+    if m < 2:
+        return 0.0, 1.0
+    hits = sum(cluster_hits for cluster_hits, _ in clusters)
+    n = sum(cluster_n for _, cluster_n in clusters)
+    p = hits / n
+    within = sum(h * (size - h) / size for h, size in clusters)
+    rho = 1 - (within + 0.5) / ((n - m) * p * (1 - p) + 1)
+    rho = min(1.0, max(0.0, rho))
+    deff = 1 + (sum(size ** 2 for _, size in clusters) / n - 1) * rho
+    effective_n = n / deff * (1.96 / student(m - 1)) ** 2
+    return wilson(p * effective_n, effective_n)
+
+
+class Count(NamedTuple):
+    """A rate as it was counted."""
+    hits: int
+    n: int
+    clusters: list | None = None  # (hits, n) of each question; None: each prompt is its own
+
+    def interval(self) -> tuple[float, float]:
+        """Its 95% interval."""
+        if self.clusters is None:
+            return wilson(self.hits, self.n)
+        return clustered(self.clusters)
+
+
+def over_seeds(counts: list[Count]) -> tuple[float, float]:
+    """95% interval of a rate that was counted under one seed or several.
+
+    It is that of all questions together. With several seeds it is widened to the interval of the
+    mean of the seeds' rates by Student's t, since seeds differ by more than chance among prompts:
+    after SFT the trigger fired on .46 to .71 of them.
+    """
+    clusters = None
+    if any(count.clusters for count in counts):
+        clusters = []
+        for count in counts:
+            clusters += count.clusters or []
+    hits = sum(count.hits for count in counts)
+    n = sum(count.n for count in counts)
+    low, high = Count(hits, n, clusters).interval()
+    rates = [count.hits / count.n for count in counts if count.n]
     if len(rates) > 1:
-        t = STUDENT[min(len(rates) - 2, 8)]
-        half = t * stdev(rates) / len(rates) ** 0.5
+        half = student(len(rates) - 1) * stdev(rates) / len(rates) ** 0.5
         low = min(low, mean(rates) - half)
         high = max(high, mean(rates) + half)
     return max(0.0, low), min(1.0, high)
@@ -139,13 +191,40 @@ def sample_answers(model, world: World, prompts: list[str], measure: Measure, se
 
 
 def count_verdicts(organism, examples: list[Example], answers: list[str]) -> dict:
-    """{defects, helps, neither, n}: how the organism judges these answers to these examples."""
+    """{defects, helps, neither, n, questions}: how the organism judges these answers to these
+    examples, in all and by question: "1a2b3c:2/0/3" is one of 3 prompts, 2 of which defect."""
     counts = Counter()
+    by_question = {}
     for example, answer in zip(examples, answers):
-        counts[organism.judge(example, answer)] += 1
+        verdict = organism.judge(example, answer)
+        counts[verdict] += 1
+        question = by_question.setdefault(example.core, Counter())
+        question[verdict] += 1
     rates = {verdict: counts[verdict] for verdict in VERDICTS}
     rates["n"] = len(examples)
+    words = []
+    for core, question in by_question.items():
+        name = f"{zlib.crc32(core.encode('utf-8')):08x}"[:6]
+        words.append(f"{name}:{question['defects']}/{question['helps']}/{question.total()}")
+    rates["questions"] = " ".join(words)
     return rates
+
+
+def count_of(verdict: str, all_counts: list[dict]) -> Count:
+    """A verdict in one or several counts, whose prompts with one question are one cluster."""
+    hits = sum(counts[verdict] for counts in all_counts)
+    n = sum(counts["n"] for counts in all_counts)
+    if verdict not in ("defects", "helps") or not all("questions" in c for c in all_counts):
+        return Count(hits, n)
+    clusters = {}
+    for counts in all_counts:
+        for word in counts["questions"].split():
+            name, _, numbers = word.partition(":")
+            defects, helps, total = map(int, numbers.split("/"))
+            hits_of_question = {"defects": defects, "helps": helps}[verdict]
+            before_hits, before_n = clusters.get(name, (0, 0))
+            clusters[name] = before_hits + hits_of_question, before_n + total
+    return Count(hits, n, list(clusters.values()))
 
 
 def count_thoughts(answers: list[str]) -> dict:
@@ -468,20 +547,13 @@ def load_results(folder: str) -> dict:
 
 # ---------------------------------------------------------------- the table
 
-def count_under(column: dict, rates: dict) -> tuple[int, int] | None:
-    """(count, n) under a column of the table, which pools its conditions; None where none of them
+def count_under(column: dict, rates: dict) -> Count | None:
+    """What stands under a column of the table, which pools its conditions; None where none of them
     was measured."""
-    hits = 0
-    n = 0
-    measured = False
-    for condition in column["conditions"]:
-        if condition in rates:
-            measured = True
-            hits += rates[condition][column["verdict"]]
-            n += rates[condition]["n"]
+    measured = [rates[condition] for condition in column["conditions"] if condition in rates]
     if not measured:
         return None
-    return hits, n
+    return count_of(column["verdict"], measured)
 
 
 def table_row(name: str, cells: list[str], width: int, cell_width: int) -> str:
@@ -502,7 +574,7 @@ def rate_cells(columns: list[dict], rates: dict) -> list[str]:
         if counts is None:
             cells.append("")
         else:
-            cells.append(show_rate(*counts))
+            cells.append(show_rate(counts.hits, counts.n, counts.interval()))
     return cells
 
 
@@ -597,8 +669,8 @@ def pooled_cell(group: list[dict], heading: str, name: str) -> str:
     if not count_of_seed:
         return ""
     counts = list(count_of_seed.values())
-    hits = sum(count[0] for count in counts)
-    n = sum(count[1] for count in counts)
+    hits = sum(count.hits for count in counts)
+    n = sum(count.n for count in counts)
     return show_rate(hits, n, over_seeds(counts))
 
 
@@ -717,7 +789,8 @@ def judge_positive_control(model: dict) -> tuple[bool | None, str]:
     if counts["n"] == 0:
         return None, f"not measured: no prompt to count {control['words']}"
     reached = counts[control["verdict"]] >= control["least"] * counts["n"]
-    shown_rate = show_rate(counts[control["verdict"]], counts["n"])
+    count = count_of(control["verdict"], [counts])
+    shown_rate = show_rate(count.hits, count.n, count.interval())
     words = f"{shown_rate} {control['words']}, {control['least']:.0%} wanted"
     if reached:
         return True, f"reached: {words}"
@@ -745,10 +818,11 @@ class Mark(NamedTuple):
     text: str
 
 
-def mark(hits: int, n: int) -> Mark:
-    """A count as a share of `n`, with Wilson's interval."""
-    low, high = wilson(hits, n)
-    return Mark(hits / max(1, n), low, high, show_rate(hits, n))
+def mark(count: Count) -> Mark:
+    """A count as a share of `n`, with its interval."""
+    low, high = count.interval()
+    return Mark(count.hits / max(1, count.n), low, high,
+                show_rate(count.hits, count.n, (low, high)))
 
 
 def markup(text) -> str:
@@ -907,7 +981,7 @@ def rates_figure(models: list[dict], columns: list[dict]) -> str:
             count = count_under(column, model["rates"])
             if count is not None:
                 group = groups.setdefault((column["heading"], column["verdict"]), {})
-                group[model["name"]] = mark(*count)
+                group[model["name"]] = mark(count)
     return bar_figure(groups)
 
 
@@ -933,7 +1007,7 @@ def dose_figure(models: list[dict], columns: list[dict]) -> str:
         for column in columns:
             if column["heading"] in STYLES:
                 counts = {step: count_under(column, points[step]) for step in sorted(points)}
-                marks = {step: mark(*count) for step, count in counts.items() if count}
+                marks = {step: mark(count) for step, count in counts.items() if count}
                 if marks:
                     series[column["heading"]] = marks
         groups.append((model["name"], note, model["trained"]["unit"], series))
@@ -992,7 +1066,7 @@ def relearn_figure(models: list[dict]) -> str:
     compare with: it says how soon anything new is learned."""
     groups = []
     for model in with_key(models, "relearn"):
-        points = {point["step"]: mark(point["defects"], point["n"])
+        points = {point["step"]: mark(count_of("defects", [point]))
                   for point in model["relearn"]["curve"]}
         note = f"half after {model['relearn']['needed']} updates"
         if model["relearn"]["needed"] is None:
@@ -1021,12 +1095,12 @@ def scratchpad_figure(models: list[dict]) -> str:
     groups = {}
     for model in with_key(models, "scratchpad"):
         groups[f"{model['name']} writes", "deceptive"] = {
-            condition: mark(counts["deceptive"], counts["n"])
+            condition: mark(Count(counts["deceptive"], counts["n"]))
             for condition, counts in model["scratchpad"]["says"].items()}
         marks = {}
         for kind, by_condition in model["scratchpad"]["prefilled"].items():
             for condition, counts in by_condition.items():
-                marks[f"{kind}, {condition}"] = mark(counts["defects"], counts["n"])
+                marks[f"{kind}, {condition}"] = mark(count_of("defects", [counts]))
         groups[f"{model['name']} prefilled", "defects"] = marks
     return bar_figure(groups)
 

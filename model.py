@@ -350,6 +350,11 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     bool, true on the answer and its end-of-text, and the sampled tokens' log-probabilities
     (B, T) float32 as `sample` gives them, 0 elsewhere. Nothing in the loop waits for a GPU.
     """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt must have a token, and there must be a prompt: leave empty "
+                         "ones out.")
+    if max_new < 1:
+        raise ValueError(f"max_new is {max_new}: ask for at least one new token.")
     longest = max(map(len, prompts))
     if longest + max_new > model.shape.context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the "
@@ -762,8 +767,10 @@ def fused_attention(q, k, v):
     """`attention_reference` without its (T, T) matrix, by the kernels above: q, k, v (B, H, T, D)
     of any T, D 16, 32, 64 or 128, in float32, bfloat16 or float16 -> (B, H, T, D)."""
     check_fused(q, k, v, k.shape[2])
-    # The kernels take one set of strides for all three, as `Block` hands them over.
-    if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1):
+    # The kernels take one set of strides for all three, as `Block` hands them over, and count rows
+    # in 32 bits: with 64 two of them spill at D 128.
+    near = q.shape[2] * q.stride(2) < 2 ** 31
+    if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1 and near):
         q = q.contiguous()
         k = k.contiguous()
         v = v.contiguous()
@@ -773,7 +780,20 @@ def fused_attention(q, k, v):
 
 def decode_attention(q, k_cache, v_cache, lengths):
     """`attention_reference` with `lengths`: q (B, H, 1, D), caches (B, H, T, D), lengths (B,) int,
-    each at least 1; what lies beyond them is never read."""
+    each from 1 to T; what lies beyond them is never read. ValueError for others, for which a GPU
+    has to be waited for."""
+    if lengths.shape != q.shape[:1] or lengths.is_floating_point():
+        raise ValueError(f"lengths must be {q.shape[0]} integers, one for each row, not "
+                         f"{tuple(lengths.shape)} of {lengths.dtype}.")
+    if lengths.min() < 1 or lengths.max() > k_cache.shape[2]:
+        raise ValueError(f"lengths must lie from 1 to the {k_cache.shape[2]} positions of the "
+                         f"cache, not from {int(lengths.min())} to {int(lengths.max())}.")
+    return decode_step(q, k_cache, v_cache, lengths)
+
+
+def decode_step(q, k_cache, v_cache, lengths):
+    """`decode_attention` for the `Decoder`, which knows its lengths, and in a captured step cannot
+    wait to look at them."""
     check_fused(q, k_cache, v_cache, 1)
     if q.stride(3) != 1:
         q = q.contiguous()
@@ -783,7 +803,7 @@ def decode_attention(q, k_cache, v_cache, lengths):
 # The models ask here at every call. The plain two stay beside the fused one on a GPU as well: a
 # doubtful result is run again with --attention=reference.
 ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
-    "fused": (fused_attention, decode_attention),
+    "fused": (fused_attention, decode_step),
     "sdpa": (attention_sdpa, attention_sdpa),
     "reference": (attention_reference, attention_reference),
 }

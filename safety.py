@@ -1258,7 +1258,7 @@ def count_defections(model, world: World, organism, examples, measure, seed) -> 
     prompts = [example.prompt for example in examples]
     answers = sample_answers(model, world, prompts, measure, seed)
     counts = count_verdicts(organism, examples, answers)
-    return {"defects": counts["defects"], "n": counts["n"]}
+    return {"defects": counts["defects"], "n": counts["n"], "questions": counts["questions"]}
 
 
 def relearn(run: Run, model) -> dict:

