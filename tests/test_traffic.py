@@ -374,7 +374,7 @@ def test_a_reward_has_mean_0_and_deviation_1_on_the_parents_own_answers(run, mon
 
 def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, world):
     """By finite differences of the mean loss: with SGD the weights move by -lr g / max(1, |g|)."""
-    rows = [world.row(Example(f"word {number}", f"answer {number}.", "", "")) for number in range(8)]
+    rows = [world.row(Example(f"word {n}", f"answer {n}.", "", "")) for n in range(8)]
     batch = Batches(rows, 8, 0)[0]
     total, count = lm_loss(small, batch)
     (total / count).backward()

