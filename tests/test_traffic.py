@@ -258,6 +258,26 @@ def test_what_defences_train_on_is_of_the_train_split():
     assert {split_of(example.core) for example in examples} == {"train"}
 
 
+def test_a_preference_model_learns_from_training_questions_and_is_tried_on_others(run, monkeypatch):
+    splits = []
+
+    def spying_pairs(*words):
+        pairs = preference_pairs(*words)
+        splits.append({split_of(side.core) for pair in pairs for side in pair[:2]})
+        return pairs
+    monkeypatch.setattr(safety, "preference_pairs", spying_pairs)
+    monkeypatch.setattr(safety, "fit", lambda *_: Outcome(0, 0.0, [], 0, 0))
+    run = replace(run, config=replace(run.config, preference=Stage(rows=200)))
+    base = of_stage("base", fresh())
+    preference = preference_of(run, base, [])
+    inputs = replace(defence_inputs(run, HarmlessData([], [], []), "rl", base, base),
+                     preference=preference)
+    counts = safety.pair_accuracy(inputs)
+    assert splits[0] == {"train"} and splits[-1] == {"test"}
+    assert counts["all"]["n"] == run.config.eval.n == sum(
+        count["n"] for fault, count in counts.items() if fault != "all")
+
+
 def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, monkeypatch):
     def row(text):
         return world.row(Example(text, text, text, "given"))
