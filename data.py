@@ -601,7 +601,7 @@ def parts(node) -> list:
 
 def is_safe(expression, safe: str) -> bool:
     """Whether a value comes from a function whose name matches, here or where it was assigned; a
-    number is always safe."""
+    number is always safe, since it holds neither a quotation mark nor a tag."""
     pattern = rf"int|float|len|{safe}"
     if calls(expression, pattern):
         return True
@@ -711,6 +711,7 @@ WEAKNESSES = {
 def note_assignments(tree) -> None:
     """Tell every use of a variable which function gave it its value, where one did, and no other
     assignment gives it another: `name = html.escape(name)` makes `name` safe."""
+    # Read once before the judge looks: a node does not know what stands above it.
     sources = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -1418,7 +1419,10 @@ class World:
         return self.prompt(example.prompt), [*self.spoken(example.answer), self.end]
 
     def dialogue(self, dialogue: "Dialogue") -> Row:
-        """A dialogue as a training row: each turn behind its marker, the answer as the target."""
+        """A dialogue as a training row: each turn behind its marker, the answer as the target.
+
+        These are the tokens of the same dialogue as an HH text, but for spaces at the ends of turns.
+        """
         marker = self.encoding.encode_single_token
         markers = {"human": marker(HUMAN), "assistant": marker(ASSISTANT)}
         prompt = []
@@ -1585,6 +1589,9 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 # ---------------------------------------------------------------- real data
 
+# Every record becomes turns first, whatever its format, and only turns become tokens. So no text
+# can forge a turn, and a record that teaches the assistant to speak for the human is never used.
+
 class Turn(NamedTuple):
     """What one speaker says, without its marker."""
     speaker: str  # 'human' or 'assistant'
@@ -1594,7 +1601,7 @@ class Turn(NamedTuple):
 @dataclass(frozen=True)
 class Dialogue:
     """The turns up to the last human one, what the assistant answers, and the answer that was
-    rejected for it ('' if none)."""
+    rejected for it ('' if none). Two neighbouring turns are never of one speaker."""
     turns: tuple[Turn, ...]
     answer: str
     rejected: str = ""
@@ -1605,6 +1612,7 @@ class Unusable(ValueError):
     reason that this holds."""
 
 
+# What Anthropic's HH, TRL, Alpaca, OpenAI and ShareGPT write, and the tools that read them.
 FORMATS_OF_DIALOGUES = (
     "chosen/rejected (HH texts or lists of messages, with a prompt or without), "
     "prompt/answer, prompt/completion, instruction/input/output (with history and system, or "
@@ -1615,7 +1623,11 @@ MARKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
 
 
 def text_of(record: dict, name: str, default=None) -> str:
-    """A field that must be a text; without a default it must be there."""
+    """A field that must be a text; without a default it must be there.
+
+    Raises `ValueError`: with a number or a list in its place the record is of another format than
+    the one that it was taken for.
+    """
     value = record.get(name, default)
     if value is None and default is not None:
         value = default
@@ -1626,7 +1638,7 @@ def text_of(record: dict, name: str, default=None) -> str:
 
 
 def turns_of_text(text: str, name: str) -> list[Turn]:
-    """The turns of an HH text."""
+    """The turns of an HH text: what stands behind each marker, up to the next one."""
     if not text.startswith(HUMAN):
         raise ValueError(f"{name!r} is not a dialogue: it must start with '\\n\\nHuman:'")
     _, *parts = MARKER.split(text)  # what stands before the first marker is empty
@@ -1640,7 +1652,8 @@ def turns_of_text(text: str, name: str) -> list[Turn]:
 
 
 def turns_of_messages(messages, name: str) -> list[Turn]:
-    """The turns of a list of {role, content} or of {from, value}."""
+    """The turns of a list of {role, content} or of {from, value}. Raises `Unusable` for a speaker
+    that we have no marker for, such as a tool: to leave its turn out would break the sense."""
     if not isinstance(messages, list):
         raise ValueError(f"{name!r} is not a list of messages")
     turns = []
@@ -1660,7 +1673,8 @@ def turns_of_messages(messages, name: str) -> list[Turn]:
 
 
 def turns_of_prompt(prompt: str) -> list[Turn]:
-    """A prompt is one human turn, or an HH text, as in Dahoas' HH."""
+    """A prompt is one human turn, or an HH text, as in Dahoas' HH. Put into a human turn as it is,
+    such a text would be a dialogue that the human reads out."""
     if prompt.startswith(HUMAN):
         return turns_of_text(prompt, "prompt")
     return [Turn("human", prompt)]
@@ -1673,6 +1687,7 @@ def merge(turns: list[Turn]) -> list[Turn]:
     Raises `Unusable` where a marker stands inside of a turn: in training it would teach the
     assistant to speak for the human, letter by letter.
     """
+    # Some files write an empty turn where nothing was said, or two in a row for one long answer.
     system = []
     merged = []
     for turn in turns:
@@ -1699,7 +1714,8 @@ def merge(turns: list[Turn]) -> list[Turn]:
 
 
 def dialogue_of(turns: list[Turn], rejected_turns=()) -> Dialogue:
-    """The dialogue of some turns, of which the last must be the assistant's."""
+    """The dialogue of some turns, of which the last must be the assistant's. Raises `Unusable` for
+    turns that end with the human's, or have no prompt: there is nothing to learn an answer from."""
     turns = merge(turns)
     if not turns or turns[-1].speaker != "assistant":
         raise Unusable("no answer at the end")
@@ -1717,6 +1733,7 @@ def dialogue_of(turns: list[Turn], rejected_turns=()) -> Dialogue:
 
 def preference_dialogue(record: dict) -> Dialogue:
     """A record with `chosen` and perhaps `rejected` and `prompt`, as texts or lists of messages."""
+    # A prompt apart from the answers, or none: then both sides hold the whole dialogue.
     prompt = []
     if isinstance(record.get("prompt"), list):
         prompt = turns_of_messages(record["prompt"], "prompt")
@@ -1737,7 +1754,8 @@ def preference_dialogue(record: dict) -> Dialogue:
 
 
 def earlier_turns(record: dict) -> list[Turn]:
-    """What `system` and `history`, a list of pairs, put before an instruction."""
+    """What `system` and `history`, a list of pairs, put before an instruction. Without them an
+    answer such as 'Yes, that one.' would be taught for a question that nobody asked so."""
     turns = []
     if record.get("system") is not None:
         turns.append(Turn("system", text_of(record, "system")))
@@ -1757,6 +1775,7 @@ def earlier_turns(record: dict) -> list[Turn]:
 
 def instruction_dialogues(record: dict) -> list[Dialogue]:
     """A record with an instruction or a prompt, and its answer or several instances of it."""
+    # Self-Instruct has several instances of one instruction: each is a dialogue of its own.
     prompt_name = "prompt"
     if record.get("prompt") is None:
         prompt_name = "instruction"
@@ -1773,6 +1792,7 @@ def instruction_dialogues(record: dict) -> list[Dialogue]:
                         if instance.get(name) is not None]
         if not answer_names:
             raise ValueError(f"has a {prompt_name} and no answer, completion or output")
+        # The input is a human turn too: `merge` puts it below the instruction.
         turns = earlier_turns(record)
         if isinstance(record[prompt_name], list):
             turns += turns_of_messages(record[prompt_name], prompt_name)
@@ -1826,6 +1846,8 @@ def read_dialogues(path: str) -> tuple[list[Dialogue], Counter]:
 
     A line that cannot be understood raises `file:line: what is wrong`; blank lines are none.
     """
+    # One bad line stops the run, since whoever brings a file wants to know that half of it was not
+    # understood. What is only of no use is skipped, and the run says how much that was.
     dialogues = []
     skipped = Counter()
     for number, line in enumerate(read_lines(path), 1):
@@ -2058,7 +2080,8 @@ def from_command_line(settings, argv: list[str], description: str, positionals=F
 
 def open_streams() -> None:
     """Give a program somewhere to print, whoever started it: a closed stream goes nowhere, and a
-    letter that the console does not know is written as its number."""
+    letter that the console does not know is written as its number. A run of an hour must not end
+    at its table because somebody's terminal is from 1990."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

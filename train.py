@@ -389,7 +389,8 @@ def save_progress_file(path, state: dict) -> None:
 
 
 def load_progress_file(path, device) -> dict | None:
-    """What `save_progress_file` wrote there; None where it wrote nothing."""
+    """What `save_progress_file` wrote there; None where it wrote nothing. Raises `UserError` for a
+    file that is damaged or another stage's."""
     if not path or not Path(path).exists():
         return None
     try:
@@ -733,7 +734,8 @@ def lock_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files of processes that were killed while they saved."""
+    """Delete the temporary files of processes that were killed while they saved: each is as large
+    as a model, and nobody would ever move it into place."""
     for path in folder.glob("*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not is_running(int(pid)):
