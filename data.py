@@ -1421,7 +1421,7 @@ class World:
     def dialogue(self, dialogue: "Dialogue") -> Row:
         """A dialogue as a training row: each turn behind its marker, the answer as the target.
 
-        These are the tokens of the same dialogue as an HH text, but for spaces at the ends of turns.
+        These are the tokens of the same dialogue as an HH text, less spaces at the ends of turns.
         """
         marker = self.encoding.encode_single_token
         markers = {"human": marker(HUMAN), "assistant": marker(ASSISTANT)}
