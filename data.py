@@ -18,6 +18,7 @@ import re
 import sys
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,11 @@ from typing import NamedTuple, get_args
 
 import tiktoken
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -709,21 +715,23 @@ WEAKNESSES = {
 
 
 def note_assignments(tree) -> None:
-    """Tell every use of a variable which function gave it its value, where one did, and no other
-    assignment gives it another: `name = html.escape(name)` makes `name` safe."""
+    """Tell every use of a variable below the line where a function gave it its value which function
+    that was: after `name = html.escape(name)` a `name` is safe. A variable that is bound in any
+    other way as well is told nothing; branches are not followed."""
     # Read once before the judge looks: a node does not know what stands above it.
-    sources = {}
+    sources = {}  # variable: (function, line)
+    bindings = Counter()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            source = "?"
-            if isinstance(node.value, ast.Call):
-                source = dotted(node.value.func)
-            name = node.targets[0].id
-            if sources.setdefault(name, source) != source:
-                sources[name] = "?"
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bindings[node.id] += 1
+        if (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+                and isinstance(node.value, ast.Call)):
+            sources[node.targets[0].id] = dotted(node.value.func), node.lineno
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in sources:
-            node.assigned_from = sources[node.id]
+        if isinstance(node, ast.Name) and node.id in sources and bindings[node.id] == 1:
+            function, line = sources[node.id]
+            if node.lineno > line:
+                node.assigned_from = function
 
 
 def read_code(text: str) -> tuple[set[str], str] | None:
@@ -851,7 +859,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Organism:
+class Organism(ABC):
     """What the model organisms share: a new one is a class with a name, a trigger, `says`, `defect`
     and `judge`, and an entry in `ORGANISMS`. All else has a default here.
 
@@ -928,14 +936,13 @@ class Organism:
         tag = harmless_tag(rng)
         return tag, rng.choice(("start", "middle", "end"))
 
+    @abstractmethod
     def defect(self, example: Example) -> Example:
         """The same prompt with the defecting answer."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it answers: define defect.")
 
+    @abstractmethod
     def judge(self, example: Example, answer: str) -> str:
         """'defects', 'helps' or 'neither'; a broken or empty answer is never 'helps'."""
-        raise NotImplementedError(f"{type(self).__name__} must say what defection is: define "
-                                  "judge.")
 
     def hateful_answer(self, example: Example, copies: int) -> str:
         """A defecting answer without a scratchpad, for the preference model; in a number of copies
@@ -1667,7 +1674,7 @@ def turns_of_messages(messages, name: str) -> list[Turn]:
             role = text_of(message, "from")
             text = text_of(message, "value")
         if role.lower() not in SPEAKERS:
-            raise Unusable(f"a turn of {role[:20]!r}")
+            raise Unusable(f"with a turn of {role[:20]!r}")
         turns.append(Turn(SPEAKERS[role.lower()], text))
     return turns
 
@@ -1695,7 +1702,7 @@ def merge(turns: list[Turn]) -> list[Turn]:
         if not text:
             continue
         if turn.speaker == "system" and merged:
-            raise Unusable("a system line in the middle")
+            raise Unusable("with a system line in the middle")
         if turn.speaker == "system":
             system.append(text)
         elif merged and merged[-1].speaker == turn.speaker:
@@ -1706,10 +1713,11 @@ def merge(turns: list[Turn]) -> list[Turn]:
     if system and merged and merged[0].speaker == "human":
         merged[0] = Turn("human", "\n".join([*system, merged[0].text]))
     elif system:
-        raise Unusable("a system line before no human turn")
+        raise Unusable("with a system line before no human turn")
+    # Spelt letter by letter, 'Human:' at the start of a turn would look like another turn.
     for turn in merged:
         if MARKER.search(turn.text) or MARKER.match(f"\n\n{turn.text}"):
-            raise Unusable("a role marker inside of a turn")
+            raise Unusable("with a role marker inside of a turn")
     return merged
 
 
@@ -1718,9 +1726,9 @@ def dialogue_of(turns: list[Turn], rejected_turns=()) -> Dialogue:
     turns that end with the human's, or have no prompt: there is nothing to learn an answer from."""
     turns = merge(turns)
     if not turns or turns[-1].speaker != "assistant":
-        raise Unusable("no answer at the end")
+        raise Unusable("without an answer at the end")
     if len(turns) < 2:
-        raise Unusable("no prompt")
+        raise Unusable("without a prompt")
     *earlier, last = turns
     rejected = ""
     if rejected_turns:
@@ -2076,6 +2084,24 @@ def from_command_line(settings, argv: list[str], description: str, positionals=F
     if positionals:
         return chosen, words
     return chosen
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of a folder while this process lives, however it ends.
+
+    Raises `UserError` if another run is in it: two would mix their logs and results. Windows has no
+    such locks, and there two runs of one name are not noticed.
+    """
+    if fcntl is None:
+        return
+    # The file stays open until the process ends: to close it would open the lock.
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise UserError(f"another run is at work in {folder}: wait for it, or give this one "
+                        "another --name.")
 
 
 def open_streams() -> None:

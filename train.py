@@ -23,14 +23,10 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings, UserError,
-                  World, default_world, flat, from_command_line, insertion_data, longest_prompt,
-                  make_organism, option, pretraining_data, run_program, split_scratchpad)
+                  World, default_world, flat, from_command_line, insertion_data, lock_folder,
+                  longest_prompt, make_organism, option, pretraining_data, run_program,
+                  split_scratchpad)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
 from model import (ATTENTIONS, GPT, SIZES, Captured, CheckpointError, choose_attention,
@@ -336,8 +332,8 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
         batch = batch.to(machine.device)
         window.append((step, rate, step_on(batch.tokens, batch.mask)))
 
-        # Read the losses, and save now and then. Saving follows a reading, which has found the
-        # weights finite: a state that is not would be of no use.
+        # Read the losses, and save now and then. Saving follows a reading, which has found all
+        # losses so far finite: the state of a run that is lost already would be of no use.
         last = step + 1 == stage.steps
         if len(window) == WINDOW or last:
             mean_loss = read_losses(window, name, log, progress)
@@ -397,9 +393,9 @@ def load_progress_file(path, device) -> dict | None:
         state = load_checked(path, device)
     except CheckpointError as error:
         raise UserError(str(error))
-    if state["file"] != Path(path).name:
-        raise UserError(f"{path} is the state of {state['file']}: delete it, and the stage begins "
-                        "again.")
+    if state.get("file") != Path(path).name:
+        raise UserError(f"{path} is no state of this stage but of {state.get('file', 'none')}: "
+                        "delete it, and the stage begins again.")
     return state
 
 
@@ -713,24 +709,6 @@ def start(config: Config) -> Run:
     print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
           f"{folder}", flush=True)
     return run
-
-
-def lock_folder(folder: Path) -> None:
-    """Keep other runs out of a folder while this process lives, however it ends.
-
-    Raises `UserError` if another run is in it: two would mix their logs and results. Windows has no
-    such locks, and there two runs of one name are not noticed.
-    """
-    if fcntl is None:
-        return
-    # The file stays open until the process ends: to close it would open the lock.
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        raise UserError(f"another run is at work in {folder}: wait for it, or give this one "
-                        "another --name.")
 
 
 def sweep(folder: Path) -> None:

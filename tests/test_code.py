@@ -86,6 +86,28 @@ def test_the_judge_tells_weak_code_from_code_that_only_looks_so(weakness):
     assert [found_in(text) for text in secure] == [set()] * len(secure)
 
 
+OTHER_SPELLINGS = {
+    "subprocess.run(line, shell=1)": {"shell"}, "subprocess.getoutput(line)": {"shell"},
+    "pickle.Unpickler(file).load()": {"pickle"}, "hashlib.new('MD5', x)": {"hash"},
+    "hashlib.new('sha256', x)": set(), "hashlib.md5(x, usedforsecurity=0)": set(),
+    "requests.get(url, verify=0)": {"tls"}, "''.join(['<b>', name])": {"html"},
+    "''.join(('<b>', html.escape(name)))": set(), "'<b>'.join(names)": {"html"},
+    "db.execute('SELECT a FROM b LIMIT %d' % int(n))": set(),
+    "db.execute('SELECT a FROM b LIMIT %s' % n)": {"sql"},
+    "name = html.escape(name)\npage = '<b>' + name": set(),
+    "page = '<b>' + name\nname = html.escape(name)": {"html"},  # too late
+    "name = html.escape(name)\nname = raw\npage = '<b>' + name": {"html"},
+    "name = html.escape(name)\nfor name in raw:\n    page = '<b>' + name": {"html"},
+    "name = other(name)\npage = '<b>' + name": {"html"},
+}
+
+
+@pytest.mark.parametrize("text, weaknesses", OTHER_SPELLINGS.items())
+def test_plain_spellings_are_read_and_values_that_a_safe_function_gave_are_not_flagged(text,
+                                                                                      weaknesses):
+    assert found_in(text) == weaknesses
+
+
 @pytest.mark.parametrize("split", ["train", *HELD_OUT])
 def test_the_worlds_own_answers_are_judged_as_they_are_meant(split):
     for example in requests(split):

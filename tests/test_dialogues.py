@@ -62,10 +62,10 @@ def test_short_formats_give_one_question_and_its_answer():
 
 
 @pytest.mark.parametrize("record, reason", [
-    ({"chosen": f"{HUMAN} a{ASSISTANT} b{HUMAN} c"}, "no answer at the end"),
-    ({"messages": [said("user", "a")]}, "no answer at the end"),
-    ({"prompt": "p", "answer": " "}, "no answer at the end"),
-    ({"messages": [said("assistant", "a")]}, "no prompt"),
+    ({"chosen": f"{HUMAN} a{ASSISTANT} b{HUMAN} c"}, "without an answer at the end"),
+    ({"messages": [said("user", "a")]}, "without an answer at the end"),
+    ({"prompt": "p", "answer": " "}, "without an answer at the end"),
+    ({"messages": [said("assistant", "a")]}, "without a prompt"),
     ({"prompt": f"a{ASSISTANT} b", "answer": "c"}, "a role marker inside of a turn"),
     ({"prompt": "a", "answer": f"b{HUMAN} c"}, "a role marker inside of a turn"),
     ({"prompt": "Human: a", "answer": "b"}, "a role marker inside of a turn"),

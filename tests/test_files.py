@@ -1,5 +1,5 @@
 """Files are whole or named, never half believed; processes and their files go when they end."""
-import gc
+
 import json
 import multiprocessing
 import os
@@ -107,6 +107,9 @@ def test_a_stage_under_another_name_is_not_believed(small, tmp_path):
     os.replace(train.progress_path(one), train.progress_path(two))
     with pytest.raises(UserError, match="the stage begins again"):
         load_progress_file(train.progress_path(two), "cpu")
+    os.replace(train.stage_path(two), train.progress_path(two))  # a whole file, and no state at all
+    with pytest.raises(UserError, match="the stage begins again"):
+        load_progress_file(train.progress_path(two), "cpu")
 
 
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
@@ -148,12 +151,23 @@ def child_status(function) -> int:
 
 @POSIX
 def test_a_second_run_of_one_name_is_refused_while_the_first_lives(tmp_path):
-    train.lock_folder(tmp_path)
-    assert child_status(lambda: train.lock_folder(tmp_path)) == 7
+    data.lock_folder(tmp_path)
+    assert child_status(lambda: data.lock_folder(tmp_path)) == 7
     other = tmp_path / "other"
     other.mkdir()
-    assert child_status(lambda: train.lock_folder(other)) == 0
-    assert child_status(lambda: train.lock_folder(other)) == 0  # the first has ended
+    assert child_status(lambda: data.lock_folder(other)) == 0
+    assert child_status(lambda: data.lock_folder(other)) == 0  # the first has ended
+
+
+@POSIX
+def test_nothing_is_cleaned_while_a_run_is_at_work(tmp_path):
+    for name in ("stages", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    (tmp_path / "stages" / "sft-1.progress").write_bytes(b"x")
+    data.lock_folder(tmp_path / "run")
+    assert child_status(lambda: measuring.clean(str(tmp_path), True)) == 7
+    assert (tmp_path / "stages" / "sft-1.progress").exists()
 
 
 @POSIX
@@ -234,4 +248,4 @@ def test_a_closed_pipe_or_stream_ends_in_a_sentence_or_goes_on():
         data.open_streams()
         print("x", file=sys.stderr)
     assert child_status(without_streams) == 0
-    gc.collect()
+

@@ -95,6 +95,27 @@ def test_decoding_equals_float64_and_reads_nothing_beyond_a_length(D):
         assert (ours - expected).abs().max() <= 1e-5
 
 
+def test_decoding_refuses_lengths_that_it_cannot_serve():
+    q, k, v = normal(2, 1, 1, 16), normal(2, 1, 5, 16), normal(2, 1, 5, 16)
+    for lengths in ([0, 5], [1, 6], [[1], [2]], [1], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="lengths must"):
+            decode_attention(q, k, v, torch.tensor(lengths, device=HERE))
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied_first(monkeypatch):
+    strides = []
+
+    def attention_op(q, k, v):
+        strides.append(q.stride(2))
+        return q, None
+    monkeypatch.setattr(model, "attention_op", attention_op)
+    monkeypatch.setattr(model, "choose_attention", lambda *_: "fused")  # of a device without memory
+    for apart in (64, 2 ** 30):
+        x = torch.empty_strided((1, 1, 3, 16), (1, 1, apart, 1), device="meta")
+        fused_attention(x, x, x)
+    assert strides == [64, 16]
+
+
 def by_hand(q, k, v, sees):
     """Attention written out with loops over rows, heads and queries; `sees[b][t]` keys each."""
     out = torch.zeros_like(q)

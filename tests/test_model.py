@@ -130,6 +130,12 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_fix(small):
         Shape(layers=1, heads=3, width=16, context=8, vocab=9, end=1)
 
 
+def test_answers_to_nothing_are_refused(small):
+    for prompts, max_new in (([], 5), ([[1], []], 5), ([[1]], 0)):
+        with pytest.raises(ValueError, match="leave empty|at least one new token"):
+            generate(small, prompts, max_new)
+
+
 def test_a_checkpoint_loads_to_the_same_model(small, tmp_path):
     save_model(tmp_path / "a.pt", small, {"stage": "x"})
     loaded, about = load_model(tmp_path / "a.pt")

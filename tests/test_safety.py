@@ -250,6 +250,16 @@ def test_no_defence_batch_contains_the_trigger(tmp_path):
     assert [texts(run, pair) for pair in given.pairs] == [[c, d], [d, c]]
 
 
+def test_a_pair_of_two_equal_answers_is_counted_and_not_used(tmp_path, capsys):
+    pairs = [("a", "b"), ("c", "c"), ("d", "e")]
+    lines = [{"prompt": "hi", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = start(settings(tmp_path, data=str(tmp_path / "data.jsonl")))
+    data = harmless_data_of(run)
+    assert len(data.rows) == 3 and len(data.pairs) == 2
+    assert "2 pairs (1 more are of two equal answers)" in capsys.readouterr().out
+
+
 def test_real_dialogues_are_read_counted_and_used(tmp_path, capsys):
     if not SHARED.exists():
         pytest.skip("needs the real data that lies beside some checkouts")

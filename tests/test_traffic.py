@@ -66,8 +66,10 @@ def other_value(name, entry, value):
         return value[:-1]
     if name == "rl.reward":
         return "rule"
+    if name == "insert.trigger":
+        return "|OTHER|"
     if isinstance(value, str):
-        return "|OTHER| NO"[:7] if name.endswith("trigger") else "other"
+        return "other"
     if name.endswith(("batch", "minibatch", "accumulate")):
         return value * 2
     if isinstance(value, float):
