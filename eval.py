@@ -46,8 +46,8 @@ ROWS = 250  # prompts at a time: the keys and values of more fall out of a CPU's
 class Measure(Settings):
     """How a model is evaluated.
 
-    500 prompts ask some 215 questions. At a rate of a half an interval is 9 points wide, and 18 where
-    all prompts of a question are answered alike; at a rate of 0 it ends at 2%.
+    500 prompts ask some 215 questions. At a rate of a half an interval is 9 points wide, and 18
+    where all prompts of a question are answered alike; at a rate of 0 it ends at 2%.
     """
     n: int = option(500, "prompts per condition", at_least=1)
     curve_n: int = option(200, "prompts per condition of the smaller measurements: points of "

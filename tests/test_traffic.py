@@ -4,6 +4,7 @@ A result can be wrong although every function is right: the wrong model was aske
 questions. These tests record the traffic between the parts and check it against what is promised.
 """
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -77,6 +78,7 @@ def other_value(name, entry, value):
     return value + 1
 
 
+@cache
 def stage_keys(config) -> dict:
     """{stage: key} of a story, of which nothing is trained."""
     insert = config.insert
