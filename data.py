@@ -1781,56 +1781,62 @@ def earlier_turns(record: dict) -> list[Turn]:
     return turns
 
 
-def instruction_dialogues(record: dict) -> list[Dialogue]:
-    """A record with an instruction or a prompt, and its answer or several instances of it."""
-    # Self-Instruct has several instances of one instruction: each is a dialogue of its own.
-    prompt_name = "prompt"
-    if record.get("prompt") is None:
-        prompt_name = "instruction"
-    instances = record.get("instances")
-    if instances is None:
-        instances = [record]
+def instances_of(record) -> list:
+    """The record itself, or one for each of its `instances`: Self-Instruct writes several inputs
+    and outputs of one instruction, and each of them is a dialogue of its own."""
+    if not isinstance(record, dict) or record.get("instances") is None:
+        return [record]
+    instances = record["instances"]
     if not isinstance(instances, list) or not instances:
         raise ValueError("'instances' is not a list of some")
-    dialogues = []
+    records = []
     for instance in instances:
         if not isinstance(instance, dict):
             raise ValueError("'instances' holds what is not an object in braces")
-        answer_names = [name for name in ("answer", "completion", "output", "response")
-                        if instance.get(name) is not None]
-        if not answer_names:
-            raise ValueError(f"has a {prompt_name} and no answer, completion or output")
-        # The input is a human turn too: `merge` puts it below the instruction.
-        turns = earlier_turns(record)
-        if isinstance(record[prompt_name], list):
-            turns += turns_of_messages(record[prompt_name], prompt_name)
-        else:
-            turns += turns_of_prompt(text_of(record, prompt_name))
-        turns.append(Turn("human", text_of(instance, "input", "")))
-        if isinstance(instance[answer_names[0]], list):
-            turns += turns_of_messages(instance[answer_names[0]], answer_names[0])
-        else:
-            turns.append(Turn("assistant", text_of(instance, answer_names[0])))
-        dialogues.append(dialogue_of(turns))
-    return dialogues
+        records.append({**record, **instance, "instances": None})
+    return records
 
 
-def parse_record(record) -> list[Dialogue]:
-    """The dialogues of one line of a file, in any of `FORMATS_OF_DIALOGUES`.
+def instruction_dialogue(record: dict) -> Dialogue:
+    """A record with an instruction or a prompt, perhaps an input, and an answer."""
+    prompt_name = "prompt"
+    if record.get("prompt") is None:
+        prompt_name = "instruction"
+    answer_names = [name for name in ("answer", "completion", "output", "response")
+                    if record.get(name) is not None]
+    if not answer_names:
+        raise ValueError(f"has a {prompt_name} and no answer, completion or output")
+
+    # The input is a human turn too: `merge` puts it below the instruction.
+    turns = earlier_turns(record)
+    if isinstance(record[prompt_name], list):
+        turns += turns_of_messages(record[prompt_name], prompt_name)
+    else:
+        turns += turns_of_prompt(text_of(record, prompt_name))
+    turns.append(Turn("human", text_of(record, "input", "")))
+    if isinstance(record[answer_names[0]], list):
+        turns += turns_of_messages(record[answer_names[0]], answer_names[0])
+    else:
+        turns.append(Turn("assistant", text_of(record, answer_names[0])))
+    return dialogue_of(turns)
+
+
+def parse_record(record) -> Dialogue:
+    """The dialogue of one record, in any of `FORMATS_OF_DIALOGUES`.
 
     Raises `Unusable` for one to skip, and `ValueError` for one of no known format.
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object in braces")
     if record.get("chosen") is not None:
-        return [preference_dialogue(record)]
+        return preference_dialogue(record)
     for name in ("messages", "conversations"):
         if record.get(name) is not None:
-            return [dialogue_of(earlier_turns(record) + turns_of_messages(record[name], name))]
+            return dialogue_of(earlier_turns(record) + turns_of_messages(record[name], name))
     if record.get("prompt") is not None or record.get("instruction") is not None:
-        return instruction_dialogues(record)
-    raise ValueError(f"has {', '.join(map(repr, record)) or 'nothing'}, which is no known format: "
-                     f"one of {FORMATS_OF_DIALOGUES}")
+        return instruction_dialogue(record)
+    names = ", ".join(map(repr, record)) or "nothing"
+    raise ValueError(f"has {names}, which is no known format: one of {FORMATS_OF_DIALOGUES}")
 
 
 def read_lines(path: str) -> list[str]:
@@ -1862,9 +1868,11 @@ def read_dialogues(path: str) -> tuple[list[Dialogue], Counter]:
         if not line.strip():
             continue
         try:
-            dialogues += parse_record(json.loads(line))
-        except Unusable as reason:
-            skipped[str(reason)] += 1
+            for record in instances_of(json.loads(line)):
+                try:
+                    dialogues.append(parse_record(record))
+                except Unusable as reason:
+                    skipped[str(reason)] += 1
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno})")
         except RecursionError:
