@@ -217,6 +217,8 @@ def random_record(rng):
         begin = "".join(f"{HUMAN if speaker == 'human' else ASSISTANT} {text}"
                         for speaker, text in texts[:-1])
         record = {"chosen": f"{begin}{ASSISTANT}{answer}", "rejected": f"{begin}{ASSISTANT}{other}"}
+        if rng.random() < 0.2:  # the two part before their last turn
+            record["rejected"] = f"{begin}{ASSISTANT} x{HUMAN} y{ASSISTANT}{other}"
         signs = {name: text.replace(HUMAN, "\x01").replace(ASSISTANT, "\x02")
                  for name, text in record.items()}
         if not begin.startswith(HUMAN):
@@ -278,8 +280,9 @@ def second_reading(signs):
         turns[0] = "\x01", "\n".join([*headed, turns[0][1]])
     elif headed:
         return None
-    if any(sign == "\x03" or re.search(r"(^|\n\n)(Human|Assistant):", text) for sign, text in turns):
-        return None
+    for sign, text in turns:
+        if sign == "\x03" or re.search(r"(^|\n\n)(Human|Assistant):", text):
+            return None
     return turns
 
 
