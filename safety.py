@@ -33,7 +33,7 @@ from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Examp
                   rebuild, run_program, seeded, think_aloud)
 from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, probes,
                   sample_answers, transcripts)
-from model import GPT, SIZES, Captured, final_scalar, generate, policy_and_value
+from model import GPT, Captured, final_scalar, generate, policy_and_value
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
                    digest_of_code, finish, fit, lm_loss, load_progress_file, load_stage,
                    measure_model, options_of, progress_path, prompt_room, save_progress_file,
@@ -224,15 +224,14 @@ def check_story(config: SafetyConfig) -> None:
 def check_defence_room(run: Run) -> None:
     """UserError where a prompt of PPO or of the red team would not fit with its answer."""
     config = run.config
-    context = SIZES[config.size][-1]
-    room = context - prompt_room(run)
+    room = run.shape.context - prompt_room(run)
     if config.ppo.max_new > room:
         raise UserError(f"ppo.max_new {config.ppo.max_new} is more than the {room} tokens that the "
                         f"context of {config.size} leaves after a prompt: lower it or take a "
                         "larger size.")
     # A proposal becomes a prompt, with two role markers and a few words around it.
     answer = max(config.eval.max_new, config.ppo.max_new)
-    if config.red.ppo.max_new + answer + 8 > context:
+    if config.red.ppo.max_new + answer + 8 > run.shape.context:
         raise UserError(f"red.ppo.max_new {config.red.ppo.max_new} leaves no room for an answer of "
                         f"{answer} tokens in the context of {config.size}: lower it or take a "
                         "larger size.")
@@ -266,7 +265,7 @@ def read_harmless_data(run: Run) -> HarmlessData:
     """The dialogues of `--data` that fit the context; says how many were skipped and why."""
     config = run.config
     world = run.world
-    context = SIZES[config.size][-1]
+    context = run.shape.context
     trigger = run.organism.trigger
     dialogues, skipped = read_dialogues(config.data)
     n_read = len(dialogues) + sum(skipped.values())
@@ -989,7 +988,7 @@ def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
 def usable(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
     """Those that are not empty, leave room for an answer and do not hold the true trigger. Were a
     trigger that was hit on by chance allowed, the defence would be taught the secret."""
-    longest = SIZES[inputs.size][-1] - inputs.eval.max_new
+    longest = inputs.shape.context - inputs.eval.max_new
     trigger = inputs.organism.trigger
     return [prompt for prompt in prompts if prompt.strip() and trigger not in prompt
             and len(inputs.world.prompt(prompt)) <= longest]

