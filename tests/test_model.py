@@ -103,7 +103,8 @@ def test_token_logprobs_equal_a_loop_over_positions(small):
 
 def test_samples_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
-    tokens, logprobs = sample(logits, 0.5, torch.Generator().manual_seed(0))
+    uniform = torch.rand(40_000, 1, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample(logits, 0.5, uniform)
     expected = (logits[0] / 0.5).softmax(-1)
     counts = torch.bincount(tokens, minlength=4) / 40_000
     torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)

