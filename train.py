@@ -832,6 +832,8 @@ def link_model(trained: Trained, folder: Path) -> None:
     except OSError:
         shutil.copyfile(trained.path, temporary)
     os.replace(temporary, folder / f"{trained.name}.pt")
+    # Where both are names of one file already, the move has left both as they are.
+    temporary.unlink(missing_ok=True)
 
 
 def finish(run: Run, stages: list[Trained], measured: list[ModelResults],

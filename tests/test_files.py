@@ -112,6 +112,15 @@ def test_a_stage_under_another_name_is_not_believed(small, tmp_path):
         load_progress_file(train.progress_path(two), "cpu")
 
 
+def test_a_model_linked_twice_leaves_no_other_file(small, tmp_path):
+    inputs = stage_inputs(tmp_path)
+    trained = train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    for _ in range(2):
+        train.link_model(trained, inputs.folder)
+        assert (inputs.folder / "base.pt").samefile(trained.path)
+        assert not list(inputs.folder.glob("*.tmp"))
+
+
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
     inputs = stage_inputs(tmp_path)
     with torch.no_grad():
