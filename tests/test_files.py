@@ -139,6 +139,16 @@ def test_a_stage_under_another_name_is_not_believed(small, tmp_path):
         load_progress_file(train.progress_path(two), "cpu")
 
 
+def test_states_that_a_killed_run_left_beside_its_stage_go(small, tmp_path):
+    inputs, other = stage_inputs(tmp_path, seed=0), stage_inputs(tmp_path, seed=1)
+    train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    for path in (train.progress_path(inputs), train.progress_path(inputs, "first"),
+                 train.progress_path(other)):
+        save_progress_file(path, {"step": 1})
+    train.load_stage(inputs, 0.0)
+    assert list(inputs.stages.glob("*.progress")) == [train.progress_path(other)]
+
+
 def test_a_model_linked_twice_leaves_no_other_file(small, tmp_path):
     inputs = stage_inputs(tmp_path)
     trained = train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
