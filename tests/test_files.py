@@ -280,6 +280,26 @@ def test_a_child_ends_when_its_parent_is_killed():
         pytest.fail("the child lives on")
 
 
+def sleep_instead(*arguments):
+    time.sleep(60)
+
+
+@POSIX
+def test_an_interrupt_of_the_parent_alone_ends_its_children(monkeypatch, tmp_path):
+    def interrupt(futures, log):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(safety, "watch", interrupt)
+    monkeypatch.setattr(safety, "defend", sleep_instead)
+    monkeypatch.setattr(safety, "get_context", lambda method: multiprocessing.get_context("fork"))
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu", jobs=2,
+                              defences=("sft", "adversarial")))
+    started = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        safety.defend_all(run, None, None, None)
+    assert time.time() - started < 30
+
+
 @pytest.mark.parametrize("error, status, word", [
     (UserError("mend it"), 2, "mend it"), (PermissionError(13, "no", "x"), 2, "no"),
     (OSError(28, "disk full"), 2, "disk full")])
