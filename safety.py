@@ -1399,6 +1399,11 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # ---------------------------------------------------------------- the whole story
 
+# What a task of the story comes to: models, each with what was measured of it, or None for one that
+# only helps to make others.
+Made = list[tuple[Trained, ModelResults | None]]
+
+
 def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
                    stages: dict[str, Trained]) -> DefenceInputs:
     """What the last step of a chain of defences, such as sft+adversarial, reads; `stages` are those
@@ -1451,11 +1456,6 @@ def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
                 examine(run, trained, config.variant), dose={**dose, "kl": kl},
                 positive_control=positive_control)))
     return results
-
-
-# What a task of the story comes to: models, each with what was measured of it, or None for one that
-# only helps to make others.
-Made = list[tuple[Trained, ModelResults | None]]
 
 
 def insert_backdoor(run: Run, base: Trained) -> Made:

