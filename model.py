@@ -6,7 +6,10 @@ L layers, N targets. Rows are right-padded, so causality alone keeps the padding
 position.
 """
 import hashlib
+import json
+import math
 import os
+import re
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -701,6 +704,331 @@ def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
                               "of other code: delete it, and the run that made it will make it "
                               "again.")
     return model, content["about"]
+
+
+# ---------------------------------------------------------------- safetensors
+
+# 8 bytes, little-endian: the length of the header. The header is JSON, {name: {dtype, shape,
+# data_offsets}}, offsets counted from its end, and `__metadata__`. Then raw numbers to the end.
+HEADER_LIMIT = 100_000_000  # bytes, as in Hugging Face's own reader; that of GPT-2 XL has 60,000
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "BOOL": torch.bool, "U8": torch.uint8}
+
+
+def without_repetition(pairs) -> dict:
+    """A JSON object as a dict; ValueError where a name stands twice, of which Python would take
+    the last and another reader perhaps the first."""
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands twice")
+    return names
+
+
+def read_object(content: bytes, path) -> dict:
+    """The JSON object that these bytes of a file are; CheckpointError for anything else."""
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON where it should be ({error}): fetch it again.")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object where it should: fetch it again.")
+    return value
+
+
+def is_count(value) -> bool:
+    """Whether a value of JSON is a whole number from 0 on; `true` is none, though Python's is."""
+    return type(value) is int and value >= 0
+
+
+def read_safetensors(path) -> dict[str, Tensor]:
+    """{name: tensor} of a .safetensors file, each in its own type.
+
+    Raises `CheckpointError` unless the parts fill the file from the header's end to its own end,
+    without a hole and without a byte that belongs to two.
+    """
+    damaged = f"{path}: is damaged, or no safetensors file"
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        start = 8 + header_size
+        if header_size > HEADER_LIMIT or start > size:
+            raise CheckpointError(f"{damaged}: its header would have {header_size} bytes, and the "
+                                  f"file has {size}: fetch it again.")
+        header = read_object(file.read(header_size), path)
+        header.pop("__metadata__", None)
+        places = []  # (from, to, name)
+        for name, entry in header.items():
+            places.append(place_in_file(name, entry, damaged))
+
+        # In the order of the file, each part begins where the one before it ends.
+        tensors = {}
+        position = 0
+        for first, last, name in sorted(places):
+            if first != position:
+                raise CheckpointError(f"{damaged}: {name} begins at {first} and not at {position}, "
+                                      "where the part before it ends: fetch it again.")
+            if start + last > size:
+                break
+            position = last
+            buffer = bytearray(file.read(last - first))
+            dtype = DTYPES[header[name]["dtype"]]
+            tensors[name] = torch.frombuffer(buffer, dtype=dtype).view(header[name]["shape"])
+        if len(tensors) != len(places) or start + position != size:
+            raise CheckpointError(f"{damaged}: its parts do not end where the file ends, after "
+                                  f"{size} bytes: fetch it again.")
+    return tensors
+
+
+def place_in_file(name: str, entry, damaged: str) -> tuple[int, int, str]:
+    """Where a tensor lies, (from, to, name), of its entry in a header. Raises `CheckpointError`,
+    which begins with `damaged`, unless type and shape need as many bytes as lie there."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{damaged}: {name} has no dtype, shape and data_offsets, or more: "
+                              "fetch it again.")
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{damaged}: {name} has the type {dtype!r}: convert it to one of "
+                              f"{', '.join(DTYPES)}.")
+    if not isinstance(shape, list) or not all(is_count(n) and n > 0 for n in shape):
+        raise CheckpointError(f"{damaged}: {name} has the shape {shape!r}: fetch it again.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+        raise CheckpointError(f"{damaged}: {name} has the data_offsets {offsets!r}: fetch it "
+                              "again.")
+    first, last = offsets
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if last - first != needed:
+        raise CheckpointError(f"{damaged}: {name} has {last - first} bytes, and its shape {shape} "
+                              f"of {dtype} needs {needed}: fetch it again.")
+    return first, last, name
+
+
+def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
+    """Write {name: tensor} as a .safetensors file; `read_safetensors` gives the same back."""
+    write(path, partial(save_tensors, tensors))
+
+
+def save_tensors(tensors: dict[str, Tensor], path) -> None:
+    """The file itself; see `write_safetensors`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    position = 0
+    for name, tensor in tensors.items():
+        last = position + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [position, last]}
+        position = last
+    # Spaces up to a multiple of 8 bytes, so that others can map the numbers where they lie.
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            numbers = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(numbers.view(torch.uint8).numpy())
+
+
+# ---------------------------------------------------------------- weights of GPT-2
+
+GPT2_PARTS = {"norm_1": "ln_1", "qkv": "attn.c_attn", "mix": "attn.c_proj", "norm_2": "ln_2",
+              "up": "mlp.c_fc", "down": "mlp.c_proj"}  # of a block: {our name: GPT-2's}
+
+# What a config.json may say where this model computes one thing only. A name that is not there has
+# the first value.
+GPT2_CONFIG = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+# GPT-2 XL has 48 layers, a width of 1600, 1024 positions and 50,257 tokens.
+GPT2_LIMITS = {"n_layer": 1000, "n_head": 10_000, "n_embd": 100_000, "n_positions": 10_000_000,
+               "vocab_size": 10_000_000}
+
+
+def gpt2_names(layers: int) -> dict[str, str]:
+    """{our name: GPT-2's} of all weights but the scalar head's, which GPT-2 does not have."""
+    names = {"tokens.weight": "wte.weight", "positions.weight": "wpe.weight"}
+    for layer in range(layers):
+        for ours, theirs in GPT2_PARTS.items():
+            for kind in ("weight", "bias"):
+                names[f"blocks.{layer}.{ours}.{kind}"] = f"h.{layer}.{theirs}.{kind}"
+    names["norm.weight"] = "ln_f.weight"
+    names["norm.bias"] = "ln_f.bias"
+    return names
+
+
+def turned(name: str, weight):
+    """A weight by our name as the other side keeps it: the matrices of a block are (inputs,
+    outputs) in GPT-2, and (outputs, inputs) here as in `nn.Linear`."""
+    if name.startswith("blocks.") and weight.dim() == 2:
+        return weight.T.contiguous()
+    return weight
+
+
+def read_shape(folder, end: int) -> Shape:
+    """The shape of the GPT-2 in a directory as Hugging Face lays it out, from its config.json;
+    `end` is the id of end-of-text. Raises `CheckpointError` for a model that computes anything
+    else than `GPT`, and for a directory that does not say."""
+    path = Path(folder) / "config.json"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): name a directory with "
+                              "config.json, model.safetensors, vocab.json and merges.txt.")
+    config = read_object(content, path)
+    if config.get("model_type") != "gpt2":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}: only gpt2 can "
+                              "be read.")
+    for name, values in GPT2_CONFIG.items():
+        value = config.get(name, values[0])
+        if type(value) is not type(values[0]) or value not in values:
+            raise CheckpointError(f"{path}: {name} is {value!r}, and this program computes "
+                                  f"{' or '.join(map(repr, values))} only.")
+    for name, limit in GPT2_LIMITS.items():
+        value = config.get(name)
+        if not is_count(value) or not 1 <= value <= limit:
+            raise CheckpointError(f"{path}: {name} is {value!r}, and must be a number from 1 to "
+                                  f"{limit}.")
+    width = config["n_embd"]
+    inner = config.get("n_inner")
+    if inner is not None and inner != 4 * width:
+        raise CheckpointError(f"{path}: n_inner is {inner!r}, and this program computes "
+                              f"{4 * width} only, four times the width.")
+    try:
+        return Shape(config["n_layer"], config["n_head"], width, config["n_positions"],
+                     config["vocab_size"], end)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}")
+
+
+def read_tensors(folder) -> tuple[Path, dict[str, Tensor]]:
+    """The file of a directory's weights, model.safetensors or else pytorch_model.bin, and what it
+    holds by the names of the file. No code in it is run. Raises `CheckpointError`."""
+    path = Path(folder) / "model.safetensors"
+    if path.exists():
+        return path, read_safetensors(path)
+    path = Path(folder) / "pytorch_model.bin"
+    if not path.exists():
+        raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin: "
+                              "fetch one of them; weights in several parts are not read.")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{path}: is damaged, or holds more than tensors "
+                              f"({type(error).__name__}): fetch it again.")
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise CheckpointError(f"{path}: is no dictionary of tensors: fetch it again.")
+    return path, tensors
+
+
+def read_weights(folder, shape: Shape) -> dict[str, Tensor]:
+    """The weights of the GPT-2 in a directory: a state of `GPT(shape)`, float32, with a scalar head
+    of zeros. `shape` is that of `read_shape`. Raises `CheckpointError` unless every weight is there
+    once, in its shape, finite, and nothing else is."""
+    path, tensors = read_tensors(folder)
+
+    # By names without the prefix that the class with a language head puts before them. The masks of
+    # attention, which old files hold, are no weights.
+    by_name = {}
+    for full_name, tensor in tensors.items():
+        name = str(full_name).removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue
+        if name in by_name:
+            raise CheckpointError(f"{path}: holds {name} twice, with transformer. before it and "
+                                  "without: fetch it again.")
+        by_name[name] = tensor
+    head = by_name.pop("lm_head.weight", None)
+    names = gpt2_names(shape.layers)
+    missing = [name for name in names.values() if name not in by_name]
+    unknown = [name for name in by_name if name not in names.values()]
+    if missing or unknown:
+        raise CheckpointError(f"{path}: does not hold the weights of {shape.layers} layers: "
+                              f"{len(missing)} are missing {missing[:3]}, {len(unknown)} are "
+                              f"unknown {unknown[:3]}: config.json and it must be of one model.")
+
+    # The table has rows for padding; the file's has not. Nor has the file a scalar head.
+    with torch.device("meta"):
+        expected = GPT(shape).state_dict()
+    expected["tokens.weight"] = expected["tokens.weight"][:shape.vocab]
+    weights = {"head.weight": torch.zeros(1, shape.width), "head.bias": torch.zeros(1)}
+    for ours, theirs in names.items():
+        wanted = turned(ours, expected[ours]).shape
+        weights[ours] = turned(ours, checked_weight(path, theirs, by_name[theirs], wanted))
+    if head is not None:
+        head = checked_weight(path, "lm_head.weight", head, expected["tokens.weight"].shape)
+        if not torch.equal(head, weights["tokens.weight"]):
+            raise CheckpointError(f"{path}: lm_head.weight differs from wte.weight, and here one "
+                                  "table is both.")
+    return with_rows(weights, shape.vocab, [])
+
+
+def checked_weight(path, name: str, weight: Tensor, shape) -> Tensor:
+    """A weight of a file as float32; CheckpointError for another shape, for a type that is none of
+    weights, and for numbers that are not finite."""
+    if weight.shape != shape:
+        raise CheckpointError(f"{path}: {name} has the shape {tuple(weight.shape)}, and "
+                              f"config.json wants {tuple(shape)}: they must be of one model.")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise CheckpointError(f"{path}: {name} is of type {weight.dtype}: convert it to float32, "
+                              "float16 or bfloat16.")
+    if weight.layout != torch.strided or weight.device.type != "cpu":
+        raise CheckpointError(f"{path}: {name} is no plain tensor: fetch it again.")
+    weight = weight.detach().float().contiguous()
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{path}: {name} holds numbers that are not finite: fetch it again.")
+    return weight
+
+
+def with_rows(weights: dict[str, Tensor], vocab: int,
+              spellings: list[list[int]]) -> dict[str, Tensor]:
+    """A state of `GPT` for the first `vocab` tokens and one more for each of `spellings`, the
+    tokens that have spelt its text so far.
+
+    A new token's row is the mean of their rows. So a marker starts near what the model knows of its
+    words, and as long as a row of the table is; a random row would be no word at all. Rows of
+    padding are zeros.
+    """
+    table = weights["tokens.weight"][:vocab]
+    rows = [table]
+    for spelling in spellings:
+        rows.append(table[torch.tensor(spelling)].mean(0, keepdim=True))
+    padding = -(vocab + len(spellings)) % 64
+    rows.append(table.new_zeros(padding, table.shape[1]))
+    return {**weights, "tokens.weight": torch.cat(rows)}
+
+
+def gpt2_tensors(model: GPT) -> dict[str, Tensor]:
+    """{GPT-2's name: weight}, as `transformers` writes them: the table without padding, the
+    matrices of a block turned. The scalar head, which GPT-2 does not have, is left out."""
+    state = model.state_dict()
+    state["tokens.weight"] = state["tokens.weight"][:model.shape.vocab]
+    tensors = {}
+    for ours, theirs in gpt2_names(model.shape.layers).items():
+        tensors[f"transformer.{theirs}"] = turned(ours, state[ours]).float()
+    return tensors
+
+
+def gpt2_config(shape: Shape) -> dict:
+    """The config.json of a model of this shape. All that `GPT2_CONFIG` names is said in full, and
+    no dropout."""
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+              "n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width,
+              "n_inner": None, "n_positions": shape.context, "n_ctx": shape.context,
+              "vocab_size": shape.vocab}
+    for name, values in GPT2_CONFIG.items():
+        config[name] = values[0]
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        config[name] = 0.0
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[name] = shape.end
+    return config
 
 
 # ---------------------------------------------------------------- the fast path, for GPUs

@@ -229,14 +229,14 @@ def check_defence_room(run: Run) -> None:
     room = run.shape.context - prompt_room(run)
     if config.ppo.max_new > room:
         raise UserError(f"ppo.max_new {config.ppo.max_new} is more than the {room} tokens that the "
-                        f"context of {config.size} leaves after a prompt: lower it or take a "
+                        f"context of {config.model_name} leaves after a prompt: lower it or take a "
                         "larger size.")
     # A proposal becomes a prompt, with two role markers and a few words around it.
     answer = max(config.eval.max_new, config.ppo.max_new)
     if config.red.ppo.max_new + answer + 8 > run.shape.context:
         raise UserError(f"red.ppo.max_new {config.red.ppo.max_new} leaves no room for an answer of "
-                        f"{answer} tokens in the context of {config.size}: lower it or take a "
-                        "larger size.")
+                        f"{answer} tokens in the context of {config.model_name}: lower it or take "
+                        "a larger size.")
 
 
 # ---------------------------------------------------------------- what the defences train on

