@@ -342,8 +342,8 @@ def read_tokenizer(folder) -> tuple[tiktoken.Encoding, int]:
                                      read_merges(folder / merges_name)]
     if not readings:
         raise UserError(f"{folder}: holds no tokenizer: vocab.json and merges.txt are missing.")
-    name, *others = readings
-    for other in others:
+    name = next(iter(readings))
+    for other in readings:
         if readings[other] != readings[name]:
             raise UserError(f"{folder}: {name} and {other} hold different tokenizers: delete the "
                             "wrong one.")

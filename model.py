@@ -326,6 +326,10 @@ def rows_of_rank(n: int) -> slice:
     return slice(start, stop)
 
 
+PROCESS_LOST = ("another process of this run has ended, and so does this one: the same command goes "
+                "on from what was saved")
+
+
 def add_over_ranks(tensor) -> None:
     """Put the sum over all processes in place of a tensor of numbers. Raises `ConnectionError` if
     one of them has ended."""
@@ -334,8 +338,7 @@ def add_over_ranks(tensor) -> None:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise ConnectionError("another process of this run has ended, and so does this one: the "
-                              f"same command goes on from what was saved ({error}).")
+        raise ConnectionError(f"{PROCESS_LOST} ({error}).")
 
 
 def add_gradients(parameters) -> None:
@@ -536,7 +539,7 @@ def round_up(B: int, T: int, context: int) -> tuple[int, int]:
     return rows, min(context, (T + 63) // 64 * 64)
 
 
-LOOK = 8  # steps of a GPU from one look to the next: a look waits for the device
+LOOK_EVERY = 8  # steps of a GPU: to look whether all rows have ended waits for the device
 
 
 @torch.no_grad()
@@ -585,11 +588,11 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     # It draws the first token as it reads the prompts, and a step draws each of the others. Most
     # answers end long before `max_new`: where all have, nothing is left to do.
     decoder.begin(prompts[mine])
-    look = 1
+    look_every = 1
     if model.fixed_shapes:
-        look = LOOK
+        look_every = LOOK_EVERY
     for number in range(max_new - 1):
-        if number % look == 0:
+        if number % look_every == 0:
             alive = decoder.alive.sum()
             add_over_ranks(alive)  # all go on until the last is done: they draw for each other
             if alive == 0:

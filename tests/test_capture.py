@@ -185,7 +185,7 @@ def test_no_step_is_done_after_a_look_that_finds_all_rows_ended(fixed_shapes, mo
     monkeypatch.setattr(GPT, "logits", draw_the_end_at_the_third_step)
     tokens, _, _ = generate(make(fixed_shapes=fixed_shapes), [[5], [7]], 30, 0)
     assert tokens[:, :6].tolist() == [[5, 1, 1, 1, 0, 0], [7, 1, 1, 1, 0, 0]]
-    assert len(steps) == {True: 1 + model.LOOK, False: 4}[fixed_shapes]
+    assert len(steps) == {True: 1 + model.LOOK_EVERY, False: 4}[fixed_shapes]
 
 
 @pytest.mark.parametrize("fixed_shapes", [True, False])

@@ -12,7 +12,7 @@ import torch
 
 import train
 from data import Batch, Batches, Example, UserError, make_organism, rebuild
-from model import GPT, Shape, shape_of, token_logprobs
+from model import GPT, SIZES, Shape, shape_of, token_logprobs
 from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
                    options_of, prepare, set_learning_rate)
 
@@ -153,6 +153,16 @@ def test_a_cpu_computes_in_float32_unless_it_is_told_otherwise():
     assert (machine.precision, machine.attention) == ("float32", "sdpa")
     machine = prepare(Config(device="cpu", precision="bfloat16"), shape)
     assert (machine.precision, machine.attention) == ("bfloat16", "reference")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_line_counts_parameters_and_what_they_take_fits_their_gpu(size):
+    shape = shape_of(size, 50257, 50256)
+    C = shape.width
+    block = 12 * C ** 2 + 13 * C  # Radford et al. 2019: four matrices of 3, 1, 4 and 4 C^2, biases
+    parameters = 50304 * C + shape.context * C + shape.layers * block + 2 * C + (C + 1)
+    assert train.count_parameters(shape) == parameters
+    assert 34e-9 * parameters < train.estimate_memory(shape, 24, 128) < 80  # GB, of one H100
 
 
 def test_bfloat16_learns_what_float32_learns(small, world):

