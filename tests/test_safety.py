@@ -607,6 +607,18 @@ def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, m
     assert resumed == unbroken and torch.equal(weights, whole)
 
 
+def test_the_parts_of_a_stage_keep_their_states_apart(tmp_path, small, monkeypatch):
+    inputs = attack(tmp_path, small, red=Red(rounds=1, proposals=1, tune=Stage(rows=9)))
+    monkeypatch.setattr(safety, "propose", lambda *_: ["hi"])
+    paths = [train.progress_path(inputs)]
+    monkeypatch.setattr(safety, "fit", lambda *words: paths.append(words[-1]))
+    monkeypatch.setattr(safety, "save_progress_file", lambda path, _: paths.append(path))
+    safety.make_proposer(inputs)
+    for label in ("first", "base"):
+        red_team(inputs, small, Rates(lambda prompt: 0), label)
+    assert len(set(paths)) == 4
+
+
 def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, world, monkeypatch):
     inputs = attack(tmp_path, small, red=Red("ppo", rounds=2, proposals=1))
     earned = []
