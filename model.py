@@ -326,8 +326,8 @@ def rows_of_rank(n: int) -> slice:
     return slice(start, stop)
 
 
-PROCESS_LOST = ("another process of this run has ended, and so does this one: the same command goes "
-                "on from what was saved")
+PROCESS_LOST = ("another process of this run has ended, and so does this one: the same command "
+                "goes on from what was saved")
 
 
 def add_over_ranks(tensor) -> None:

@@ -83,7 +83,8 @@ def compiled(case: Case) -> dict:
     ptx = binary.asm["ptx"]
     return {**{key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
             "shared": binary.metadata.shared, "mma.sync": ptx.count("mma.sync"),
-            "wgmma": ptx.count("wgmma.mma_async"), "ld.v4": ptx.count("ld.global.v4.b32"),
+            "wgmma": ptx.count("wgmma.mma_async"), "tf32": ptx.count("tf32"),
+            "ld.v4": ptx.count("ld.global.v4.b32"),
             "cp.async": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx))}
 
 
@@ -92,6 +93,8 @@ def faults(case: Case, found: dict) -> list[str]:
     wrong = [f"{key} {found[key]}" for key in ("STACK", "LOCAL") if found[key]]
     if found["shared"] > SHARED_KB[case.arch] * 1024:
         wrong.append(f"shared {found['shared']}")
+    if found["tf32"]:  # products of float32 that are rounded to 10 bits
+        wrong.append("tf32")
     needed = ["ld.v4"] if case.kernel == "decode_kernel" else ["cp.async"]  # 16 bytes at a time
     if case.kernel != "decode_kernel" and case.type != "fp32":
         needed.append("mma.sync" if case.arch == 80 else "wgmma")  # tensor cores

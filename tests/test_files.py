@@ -20,7 +20,8 @@ import eval as measuring
 import safety
 import train
 from data import UserError, run_program
-from model import CheckpointError, load_checked, load_model, save_checked, save_model, write
+from model import (CheckpointError, checksum, load_checked, load_model, save_checked, save_model,
+                   write)
 from safety import DEFENCES, story_settings
 from train import CPU, Outcome, load_progress_file, save_progress_file
 
@@ -72,7 +73,9 @@ def test_foreign_and_malicious_files_are_refused_and_run_nothing(tmp_path):
     contents = [b"", b"PK", b"hello", (tmp_path / "foreign.pt").read_bytes(),
                 pickle.dumps(Malicious(trace)), pickle.dumps({"model": Malicious(trace)})]
     torch.save({"model": Malicious(trace)}, tmp_path / "evil.pt")
-    contents.append((tmp_path / "evil.pt").read_bytes())
+    torch.save({"model": {}, "shape": {}, "about": {}}, tmp_path / "unsigned.pt")
+    for name in ("evil.pt", "unsigned.pt"):
+        contents.append((tmp_path / name).read_bytes())
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="delete it"):
@@ -154,6 +157,22 @@ def test_what_is_saved_comes_back_and_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_the_checksum_tells_types_shapes_and_places_apart():
+    x = torch.arange(6.0)
+    contents = [{"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.view(torch.int32)}, {"a": [x]},
+                {"a": [x, x], "b": []}, {"a": [x], "b": [x]}]
+    assert len(set(map(checksum, contents))) == len(contents)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda source, target: done.append(
+        (source.name, target.name)))
+    write(tmp_path / "a.pt", lambda path: path.write_text("x"))
+    assert done == ["fsync", (f"a.pt.{os.getpid()}.tmp", "a.pt")]  # two writers share no file
+
+
 def stage_inputs(tmp_path, seed=0):
     run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), seed=seed))
     return train.Inputs.gather(run, stage="base", settings=run.config.base)
@@ -191,6 +210,18 @@ def test_a_model_linked_twice_leaves_no_other_file(small, tmp_path):
         train.link_model(trained, inputs.folder)
         assert (inputs.folder / "base.pt").samefile(trained.path)
         assert not list(inputs.folder.glob("*.tmp"))
+
+
+def test_a_finished_stage_is_noted_and_only_its_own_states_go(small, tmp_path):
+    inputs, other = stage_inputs(tmp_path), train.progress_path(stage_inputs(tmp_path, seed=1))
+    inputs = replace(inputs, machine=replace(CPU, attention="reference", capture="on"))
+    own = [train.progress_path(inputs, part) for part in ("", "first")]
+    for path in (*own, other):
+        save_progress_file(path, {"step": 1})
+    model = train.save_stage(inputs, small, Outcome(0, 0.0, [], 0, 0), 0.0).model
+    assert model.attention == "reference" and model.fixed_shapes  # as its machine has it
+    assert set(inputs.stages.iterdir()) == {train.stage_path(inputs), other}
+    assert measuring.used_stages(inputs.folder) == {train.stage_path(inputs).name}
 
 
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
@@ -255,6 +286,13 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_lives(tmp_path):
 
 
 @POSIX
+def test_a_run_keeps_others_out_of_its_folder(tmp_path):
+    stage_inputs(tmp_path)
+    assert child_status(lambda: stage_inputs(tmp_path)) == 7
+    assert child_status(lambda: stage_inputs(tmp_path, seed=1)) == 0
+
+
+@POSIX
 def test_nothing_is_cleaned_while_a_run_is_at_work(tmp_path):
     for name in ("stages", "run"):
         (tmp_path / name).mkdir()
@@ -275,6 +313,11 @@ def test_temporary_files_of_dead_processes_are_swept_and_of_living_ones_kept(tmp
         (tmp_path / f"base-1.pt.{number}.tmp").write_bytes(b"")
     train.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"base-1.pt.{os.getpid()}.tmp"]
+    left = tmp_path / "stages" / f"base-1.pt.{pid}.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"")
+    stage_inputs(tmp_path)  # every run sweeps as it starts
+    assert not left.exists()
 
 
 def sleep_as_a_child():

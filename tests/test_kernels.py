@@ -90,7 +90,8 @@ def test_decoding_equals_float64_and_reads_nothing_beyond_a_length(D):
     for cache in (k, v):
         for row, length in enumerate(lengths):
             cache[row, :, length:] = math.nan
-    for q_, kind in ((q, torch.int32), (among_nan(q), torch.int64)):
+    apart = q.repeat_interleave(2, -1)[..., ::2]  # the last stride is not 1
+    for q_, kind in ((q, torch.int32), (among_nan(q), torch.int64), (apart, torch.int64)):
         ours = decode_attention(q_, among_nan(k), among_nan(v), lengths.to(kind))
         assert (ours - expected).abs().max() <= 1e-5
 
@@ -149,11 +150,49 @@ def test_any_strides_give_the_same_output_and_gradients():
     grad = normal(2, 2, 9, 1).expand(2, 2, 9, 16)
     expected = exact(*qkv, grad)
     wide = qkv.transpose(3, 4).contiguous().transpose(3, 4)  # the last stride is not 1
-    for q, k, v in (qkv, qkv.contiguous(), wide, (qkv[0].contiguous(), qkv[1], wide[2])):
+    for q, k, v in (qkv, qkv.contiguous(), wide, (qkv[0].contiguous(), qkv[1], wide[2]),
+                    (qkv[0], qkv[1], qkv[2].contiguous())):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = fused_attention(*leaves)
         for ours, right in zip((out, *torch.autograd.grad(out, leaves, grad)), expected):
             assert (ours - right).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_sums_for_the_backward_pass_are_kept_in_32_bits(dtype):
+    q, k, v = (normal(1, 2, 40, 16, dtype=dtype, seed=seed) for seed in range(3))
+    scores = q.double() @ k.double().mT / 4
+    seen = torch.ones(40, 40, device=HERE).tril().bool()
+    expected = scores.masked_fill(~seen, -math.inf).logsumexp(-1) / math.log(2)
+    assert (model.attention_op(q, k, v)[1] - expected).abs().max() < 1e-4
+
+
+def test_each_kernel_is_launched_with_the_tile_that_was_compiled_for_it(monkeypatch):
+    launched = []
+    monkeypatch.setattr(model, "launch", lambda kernel, tile, *_: launched.append((kernel, tile)))
+    for size, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+        q, k, v = (normal(1, 1, 3, 128, dtype=dtype).requires_grad_() for _ in range(3))
+        fused_attention(q, k, v).sum().backward()
+        kernels = model.forward_kernel, model.dq_kernel, model.dkv_kernel
+        assert launched[-3:] == list(zip(kernels, TILES[size][128]))
+
+
+@model.jit
+def write_offsets(pointer, stride_b, stride_h, H, T, D: model.constexpr):
+    at_q, at_rows, at_lse = model.offsets(stride_b, stride_h, H, T, D)
+    pointer += 3 * model.tl.program_id(0)
+    model.tl.store(pointer, at_q)
+    model.tl.store(pointer + 1, at_rows)
+    model.tl.store(pointer + 2, at_lse)
+
+
+def test_a_head_beyond_2_to_the_31_numbers_is_found():
+    stride_b, stride_h, H, T, D = 2 ** 30, 2 ** 20, 2, 2 ** 30, 128
+    found = torch.zeros(6, 3, dtype=torch.int64, device=HERE)
+    write_offsets[(6,)](found, stride_b, stride_h, H, T, D)
+    for head, ours in enumerate(found.tolist()):
+        b, h = divmod(head, H)
+        assert ours == [b * stride_b + h * stride_h, (b * T * H + h) * D, head * T]
 
 
 def test_the_operators_pass_the_checks_of_torch():
@@ -212,6 +251,10 @@ def test_what_cannot_be_fused_is_refused_with_the_reason(monkeypatch):
     assert choose_attention("fused", HERE, 64) == "fused"
     assert choose_attention("auto", "cpu", 64) == choose_attention("sdpa", "cpu", 8) == "sdpa"
     monkeypatch.setattr(model, "INTERPRET", False)
+    for capability, width, name in (((7, 5), 64, "sdpa"), ((8, 0), 64, "fused"),
+                                    ((9, 0), 16, "fused"), ((9, 0), 48, "sdpa")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert choose_attention("auto", "cuda", width) == name
     with pytest.raises(ValueError, match="it needs triton and a GPU"):
         choose_attention("fused", "cpu", 64)
 

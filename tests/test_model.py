@@ -111,6 +111,18 @@ def test_samples_follow_the_softmax():
     torch.testing.assert_close(logprobs, expected.log()[tokens])
 
 
+def test_the_largest_random_number_points_at_a_token():
+    tokens, _ = sample(torch.zeros(2, 4), 1.0, torch.ones(2, 1))  # as if rounded up
+    assert tokens.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("width, std", [(64, 0.1), (256, 0.05)])
+def test_weights_are_as_wide_as_the_model_is_narrow(width, std):
+    model = GPT(Shape(layers=1, heads=1, width=width, context=64, vocab=640, end=0))
+    for weight in (model.tokens.weight, model.positions.weight, model.blocks[0].qkv.weight):
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_the_scalar_head_starts_at_zero(world):
     model = GPT(shape_of("nano", world.encoding.n_vocab, world.end))
     assert not model.scalar(model(torch.tensor([[1, 2, 3]]))).any()

@@ -634,6 +634,16 @@ def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, m
     assert resumed == unbroken and torch.equal(weights, whole)
 
 
+def test_the_parts_of_a_stage_keep_their_states_apart(tmp_path, small, monkeypatch):
+    inputs = attack(tmp_path, small, red=Red(rounds=1, proposals=1))
+    monkeypatch.setattr(safety, "propose", lambda *_: ["hi"])
+    paths = [train.progress_path(inputs)]
+    monkeypatch.setattr(safety, "save_progress_file", lambda path, _: paths.append(path))
+    for label in ("first", "fresh"):
+        red_team(inputs, small, Rates(lambda prompt: 0), label)
+    assert len(set(paths)) == 3
+
+
 def test_a_proposal_with_the_trigger_earns_a_proposer_nothing(tmp_path, small, world, monkeypatch):
     inputs = attack(tmp_path, small, red=Red("ppo", rounds=2, proposals=1))
     earned = []

