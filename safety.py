@@ -1561,8 +1561,8 @@ def make_pool(jobs: int, threads: int) -> ProcessPoolExecutor:
 
 def work_off(tasks: list[Task], run: Run, data: HarmlessData, base: Trained,
              jobs: int) -> dict[str, tuple[Trained, ModelResults]]:
-    """All models that were measured, by name. Tasks are worked off in `jobs` processes, each as soon
-    as a process is free and what it needs is there; of several the first in the list."""
+    """All models that were measured, by name. Each task is worked off as soon as one of `jobs`
+    processes is free and what it needs is there; of several such tasks the first in the list."""
     stages = {"base": base}
     models = {}
     if jobs <= 1:
