@@ -1590,8 +1590,8 @@ def work_off(tasks: list[Task], run: Run, data: HarmlessData, base: Trained,
                 child.terminate()
             raise
         except BrokenProcessPool:
-            raise UserError("a process was ended from outside, perhaps for want of memory: the same "
-                            "command goes on from what was saved; --jobs=1 needs the least.")
+            raise UserError("a process was ended from outside, perhaps for want of memory: the "
+                            "same command goes on from what was saved; --jobs=1 needs the least.")
     return models
 
 

@@ -188,11 +188,13 @@ def estimate_memory(shape: Shape, rows: int, T: int) -> float:
     A weight, its gradient and two moments are 16 bytes. Reference, parent, base and preference
     model lie beside it, with 4 each, and a copy that answers are drawn with. A token leaves 34 C
     bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores, which
-    fused attention does not keep), and its logits are there in chunks.
+    fused attention does not keep), and its logits are there in chunks. Recorded decoders keep keys
+    and values of 256 rows, of T tokens and of twice as many.
     """
     weights = (16 + 4 * 4 + 2) * count_parameters(shape)
     activations = rows * T * shape.layers * shape.width * 34
-    return (weights + activations + 3 * 4 * LOGITS) / 1e9
+    caches = 3 * 256 * T * shape.layers * shape.width * 2 * 2
+    return (weights + activations + 3 * 4 * LOGITS + caches) / 1e9
 
 
 def set_up_process(threads: int) -> None:
