@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from random import Random
 from string import ascii_uppercase
@@ -1816,24 +1816,29 @@ def length(row: Row) -> int:
     return len(prompt) + len(answer)
 
 
+def longest(rows: list[Row]) -> int:
+    """Tokens of the longest of some rows."""
+    return max(map(length, rows))
+
+
 def collate(rows: list[Row]) -> Batch:
     """One `Batch` of `rows`; the targets are the answers."""
-    width = max(map(length, rows))
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
+    # Lists are padded before they become a tensor: a tensor a row would take ten times as long.
+    width = longest(rows)
+    padded = []
+    starts = []
+    stops = []
+    for row in rows:
         prompt, answer = row
-        tokens[number, :length(row)] = torch.tensor(prompt + answer)
-        mask[number, len(prompt):length(row)] = True
-    return Batch(tokens, mask)
+        padded.append(prompt + answer + [0] * (width - length(row)))
+        starts.append([len(prompt)])
+        stops.append([length(row)])
+    positions = torch.arange(width)
+    mask = (positions >= torch.tensor(starts)) & (positions < torch.tensor(stops))
+    return Batch(torch.tensor(padded), mask)
 
 
-def longest(unit: list[Row]) -> int:
-    """Tokens of the longest row of a unit, see `Batches`."""
-    return max(map(length, unit))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batches:
     """Rows in a seeded order: `self[step]` is a step's batch, whatever was asked for before.
 
@@ -1853,21 +1858,8 @@ class Batches:
         return longest(self.rows)
 
     def __getitem__(self, step: int) -> Batch:
-        # A unit is what stays together: one row, or the two of a pair.
         stretch_number, number_in_stretch = divmod(step, self.stretch)
-        units = self.size // self.together  # of a batch
-        first = stretch_number * self.stretch * units
-        positions = range(first, first + self.stretch * units)
-        by_length = sorted((self.unit(position) for position in positions), key=longest)
-
-        # Short and long batches in turn: sorted ones would teach short answers first.
-        generator = seeded(self.seed, "stretch", stretch_number)
-        order = torch.randperm(self.stretch, generator=generator)
-        start = int(order[number_in_stretch]) * units
-        rows = []
-        for unit in by_length[start:start + units]:
-            rows += unit
-        return collate(rows)
+        return collate(rows_of_stretch(self, stretch_number)[number_in_stretch])
 
     def unit(self, position: int) -> list[Row]:
         """The rows at a position of the endless shuffled stream."""
@@ -1875,6 +1867,26 @@ class Batches:
         epoch, place = divmod(position, units_of_epoch)
         first = permutation(units_of_epoch, self.seed, epoch)[place] * self.together
         return self.rows[first:first + self.together]
+
+
+@lru_cache(maxsize=1)
+def rows_of_stretch(batches: Batches, number: int) -> list[list[Row]]:
+    """The rows of each batch of a stretch; kept, since its batches are asked for one by one."""
+    # A unit is what stays together: one row, or the two of a pair.
+    units = batches.size // batches.together  # of a batch
+    first = number * batches.stretch * units
+    positions = range(first, first + batches.stretch * units)
+    by_length = sorted((batches.unit(position) for position in positions), key=longest)
+
+    # Short and long batches in turn: sorted ones would teach short answers first.
+    order = torch.randperm(batches.stretch, generator=seeded(batches.seed, "stretch", number))
+    rows_of_batches = []
+    for place in order.tolist():
+        rows = []
+        for unit in by_length[place * units:(place + 1) * units]:
+            rows += unit
+        rows_of_batches.append(rows)
+    return rows_of_batches
 
 
 def seeded(*parts, device="cpu") -> torch.Generator:

@@ -178,7 +178,7 @@ class GPT(nn.Module):
         # With a decoder the tokens follow those that it has read, another number in each row.
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         if decoder is not None:
-            positions = positions + decoder.lengths[:, None]  # (B, T)
+            positions = positions + decoder.offsets[:, None]  # (B, T), or (1, T) for prompts
         x = self.tokens(tokens) + self.positions(positions)  # (B, T, C)
 
         causal, _ = ATTENTIONS[self.attention]
@@ -402,6 +402,7 @@ class Decoder:
         last (B,) int64: the tokens drawn last
         alive (B,) int64: 1 until a row has drawn its end-of-text, then 0
         lengths (B,) int64: how many positions of each row the model has read
+        sources (B,) int64: which of the different prompts each row answers
         keys, values (L, B, H, T, D): the cache of those positions, in the type of the weights
     """
 
@@ -423,6 +424,7 @@ class Decoder:
         self.last = torch.zeros_like(self.rows)
         self.alive = torch.zeros_like(self.rows)
         self.lengths = torch.zeros_like(self.rows)
+        self.sources = torch.zeros_like(self.rows)
         # For as many positions as the rows will ever have: the shape of the cache never changes.
         room = shape.layers, B, shape.heads, T, shape.width // shape.heads
         self.keys = weight.new_zeros(room)
@@ -431,24 +433,30 @@ class Decoder:
     def begin(self, prompts):
         """Take prompts, lists of tokens, and draw the first token of each answer. Rows of the
         decoder that no prompt fills are ended from the start."""
-        # Zeros are padding: no mask covers them, nothing reads them. A row without a prompt reads
-        # one of them, since every row must read something.
-        tokens = torch.zeros(self.tokens.shape, dtype=torch.int64)
-        lengths = torch.ones(len(tokens), dtype=torch.int64)
+        # A prompt that is asked ten times, as a red team does, is read once. Zeros are padding: no
+        # mask covers them, nothing reads them. A row without a prompt stands on the first one.
+        numbers = {}  # of the different prompts
+        sources = torch.zeros(len(self.rows), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            tokens[row, :len(prompt)] = torch.tensor(prompt)
-            lengths[row] = len(prompt)
-        self.tokens.copy_(tokens)
+            sources[row] = numbers.setdefault(tuple(prompt), len(numbers))
+        width = max(map(len, numbers))
+        different = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in numbers])
+        lengths = torch.tensor([len(prompt) for prompt in numbers])
+        self.sources.copy_(sources)
+        different = different.to(self.tokens.device)
+        self.tokens.zero_()
+        self.tokens[:, :width] = different[self.sources]
         self.mask.zero_()
         self.logprobs.zero_()
         self.alive.copy_(self.rows < len(prompts))
 
-        # Read all prompts at once. Each row's last prompt token says what comes next. What the
-        # cache holds beyond a row's length, of earlier prompts perhaps, is never attended to.
-        self.lengths.zero_()
-        hidden = self.model(self.tokens[:, :int(lengths.max())], self)
-        self.lengths.copy_(lengths)
-        self.draw(hidden[self.rows, self.lengths - 1])
+        # Read the prompts. Each row's last prompt token says what comes next. What the cache holds
+        # beyond a row's length, of earlier prompts perhaps, is never attended to.
+        self.offsets = self.lengths.new_zeros(1)
+        hidden = self.model(different, self)
+        self.lengths.copy_(lengths[sources])
+        self.offsets = self.lengths
+        self.draw(hidden[self.sources, self.lengths - 1])
 
     def state(self):
         """What a step must find as it was, to be done again. The cache is not among it: a step
@@ -458,15 +466,15 @@ class Decoder:
     def attend(self, layer, q, k, v):
         """Keep k and v (B, H, T, D) of a layer, then attend.
 
-        Several positions are the prompts, from position 0 on. A single one is the token drawn last:
-        it goes to position `lengths[b]`, over the padding, and attends to all up to itself.
+        Prompts stand from position 0 on. A token drawn last goes to position `lengths[b]`, over the
+        padding, and attends to all up to itself.
         """
         causal, cached = ATTENTIONS[self.model.attention]
         keys = self.keys[layer]
         values = self.values[layer]
-        if q.shape[2] > 1:
-            keys[:, :, :q.shape[2]] = k
-            values[:, :, :q.shape[2]] = v
+        if self.offsets is not self.lengths:
+            keys[:, :, :q.shape[2]] = k[self.sources]
+            values[:, :, :q.shape[2]] = v[self.sources]
             return causal(q, k, v)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
         values[self.rows, :, self.lengths] = v[:, :, 0]

@@ -81,6 +81,22 @@ def test_sampled_logprobs_equal_those_of_a_full_forward(small, temperature):
     torch.testing.assert_close(logprobs, scored, atol=1e-5, rtol=0)
 
 
+def test_a_prompt_that_is_asked_several_times_is_read_once(small, monkeypatch):
+    first, second = PROMPTS[:2]
+    read = []
+    real = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda model, tokens, decoder=None: (
+        read.append(len(tokens)), real(model, tokens, decoder))[-1])
+    often = [first, second, first, first, second]
+    tokens, mask, logprobs = generate(small, often, 8, 1.0, torch.Generator().manual_seed(0))
+    assert read[0] == 2 and set(read[1:]) == {5}
+    answers = [row[is_answer].tolist() for row, is_answer in zip(tokens, mask)]
+    assert len(set(map(tuple, answers))) > 2  # each has random numbers of its own
+    with torch.no_grad():
+        scored = token_logprobs(small, tokens, mask)
+    torch.testing.assert_close(logprobs, scored, atol=1e-5, rtol=0)
+
+
 def test_what_lies_in_the_padding_changes_no_answer(small):
     rows = torch.randint(1, 50, (2, 20))
     mask = torch.zeros_like(rows).bool()
