@@ -143,7 +143,7 @@ def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
 # ---------------------------------------------------------------- the order of the work
 
 def note_and_wait(run, data, stages, subject):
-    """A part of a story that takes as long as its subject says; it notes when it began and ended."""
+    """A part of a story that takes as long as its subject says, and notes its start and its end."""
     name, seconds, folder = subject
     (folder / f"{name} began").write_text(" ".join(stages))
     time.sleep(seconds)
