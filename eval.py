@@ -187,7 +187,8 @@ def sample_answers(model, world: World, prompts: list[str], measure: Measure, se
     """One sampled answer to each prompt.
 
     Each answer goes on from `opening`, which is not part of what is returned. The random numbers
-    depend on `seed` alone, so every model gets the same ones.
+    depend on `seed` alone for the first `ROWS` prompts, where every model gets the same ones, and
+    then on how many steps the answers before took.
     """
     # The opening stands behind the assistant's marker: the model takes it for its own words.
     opening_tokens = []

@@ -86,9 +86,10 @@ def attention_reference(q, k, v, lengths=None):
         limit = positions[:, None]  # a query sees its own position and what lies before it
     else:
         limit = lengths[:, None, None, None] - 1
-    scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T or 1, T)
+    # Scores and softmax in float32, as the kernels below have them.
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, H, T or 1, T)
     scores = scores.masked_fill(positions > limit, -torch.inf)
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def attention_sdpa(q, k, v, lengths=None):
@@ -314,8 +315,9 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 def rows_of_rank(n: int) -> slice:
-    """Which of n rows this process works on: neighbours, and pairs stay together. Fewer than two
-    rows for each are not worth a message: then every process does all of them."""
+    """Which of n rows this process works on: neighbours, and pairs stay together. Where there are
+    fewer than two rows for each every process does all of them: sums over the processes are then
+    too large by their number, and so are the counts by which they are divided."""
     rank, ranks = rank_and_ranks()
     if n < 2 * ranks:
         return slice(0, n)
@@ -425,6 +427,7 @@ class Decoder:
         self.alive = torch.zeros_like(self.rows)
         self.lengths = torch.zeros_like(self.rows)
         self.sources = torch.zeros_like(self.rows)
+        self.offsets = self.lengths  # where what is read next goes; other tensor: prompts are read
         # For as many positions as the rows will ever have: the shape of the cache never changes.
         room = shape.layers, B, shape.heads, T, shape.width // shape.heads
         self.keys = weight.new_zeros(room)
@@ -503,7 +506,7 @@ class Decoder:
 
 
 def weights_to_draw_with(model) -> GPT:
-    """The model, or a copy of it in bfloat16 where that is its precision.
+    """The model, or a copy of it in bfloat16 where that is its precision, norms and stream too.
 
     Under autocast every step would cast every weight again, for one token a row: two and a half
     times the memory traffic of weights that are cast once.

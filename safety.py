@@ -1540,19 +1540,18 @@ def tasks_of(config: SafetyConfig) -> list[Task]:
     return tasks
 
 
-def count_jobs(run: Run, tasks: list[Task]) -> int:
-    """Processes side by side: `--jobs`, or one a thread on a CPU, but no more than tasks. On a GPU,
-    and under torchrun, where the rows of every batch are shared out already, all is done in turn.
-    """
+def count_jobs(run: Run) -> int:
+    """Processes side by side: `--jobs`, or one a thread on a CPU. On a GPU, and under torchrun,
+    where the rows of every batch are shared out already, all is done in turn."""
     if run.machine.device != "cpu" or run.machine.processes > 1:
         return 1
-    return min(run.config.jobs or run.machine.threads, len(tasks))
+    return run.config.jobs or run.machine.threads
 
 
 def make_pool(jobs: int, threads: int) -> ProcessPoolExecutor:
     """Processes that work off tasks."""
     # A fork has torch and the tokenizer in its memory, which would else take it five seconds. It
-    # must not compute with several threads, which do not survive a fork, nor with a GPU.
+    # has none of its parent's threads, so that it must compute with one; and no GPU survives it.
     method = "spawn"
     if sys.platform == "linux" and threads == 1 and not torch.cuda.is_available():
         method = "fork"
@@ -1572,13 +1571,16 @@ def work_off(tasks: list[Task], run: Run, data: HarmlessData, base: Trained,
 
     waiting = list(tasks)
     running = set()
-    with make_pool(jobs, run.machine.threads) as pool, make_bar(len(tasks)) as bar:
+    with (make_pool(min(jobs, len(tasks)), run.machine.threads) as pool,
+          make_bar(len(tasks)) as bar):
         try:
             while waiting or running:
                 for task in list(waiting):
                     if len(running) < jobs and stages.keys() >= set(task.needs):
                         waiting.remove(task)
-                        running.add(pool.submit(task.function, run, data, stages, task.subject))
+                        # A copy: it is sent while `stages` may already grow.
+                        needed = {name: stages[name] for name in task.needs}
+                        running.add(pool.submit(task.function, run, data, needed, task.subject))
                 done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for future in done:
                     add_models(future.result(), stages, models)
@@ -1649,14 +1651,14 @@ def main(argv):
     # The base, with all threads, since nothing else can be done meanwhile.
     base = base_of(run)
 
-    # Then the backdoor and what tries to remove it, several stages side by side with a thread or
-    # two for each: a nano model gains little from a second thread (1.2x), and a second process
-    # doubles the pace. No number depends on what runs beside it.
-    tasks = tasks_of(config)
-    jobs = count_jobs(run, tasks)
+    # Then the backdoor and what tries to remove it, several stages side by side, a thread for each
+    # unless `--jobs` says otherwise: a nano model gains little from a second thread (1.2x), and a
+    # second process doubles the pace. What runs beside a stage changes none of its numbers; its
+    # threads do, by the order of sums.
+    jobs = count_jobs(run)
     threads = max(1, run.machine.threads // jobs)
     run_of_each = replace(run, machine=replace(run.machine, threads=threads))
-    models = work_off(tasks, run_of_each, data, base, jobs)
+    models = work_off(tasks_of(config), run_of_each, data, base, jobs)
 
     # The table has the models in the order of the story, and the columns of those defences that
     # the run has.

@@ -182,18 +182,18 @@ def count_parameters(shape: Shape) -> int:
         return sum(weight.numel() for weight in GPT(shape).parameters())
 
 
-def estimate_memory(shape: Shape, rows: int, T: int) -> float:
-    """About how many GB a run takes on a GPU while it trains on `rows` rows of T tokens.
+def estimate_memory(shape: Shape, T: int) -> float:
+    """About how many GB `python safety.py` takes on a GPU while PPO trains on 64 rows of T tokens.
 
-    A weight, its gradient and two moments are 16 bytes. Reference, parent, base and preference
-    model lie beside it, with 4 each, and a copy that answers are drawn with. A token leaves 34 C
-    bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores, which
-    fused attention does not keep), and its logits are there in chunks. Recorded decoders keep keys
-    and values of 256 rows, of T tokens and of twice as many.
+    A weight, its gradient and two moments are 16 bytes. Seven models lie beside it with 4 each,
+    from the base to the reference, and a copy that answers are drawn with. A token leaves 34 C
+    bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores, which fused
+    attention does not keep), and its logits are there in chunks. Recorded decoders keep keys and
+    values of 256 rows, of T tokens, of twice as many and of T again for temperature 0.
     """
-    weights = (16 + 4 * 4 + 2) * count_parameters(shape)
-    activations = rows * T * shape.layers * shape.width * 34
-    caches = 3 * 256 * T * shape.layers * shape.width * 2 * 2
+    weights = (16 + 7 * 4 + 2) * count_parameters(shape)
+    activations = 64 * T * shape.layers * shape.width * 34
+    caches = 4 * 256 * T * shape.layers * shape.width * 2 * 2
     return (weights + activations + 3 * 4 * LOGITS + caches) / 1e9
 
 
@@ -245,6 +245,8 @@ def prepare(config: Config, shape: Shape) -> Machine:
 def join_processes(device: str) -> None:
     """Under torchrun, become one of its processes: on a machine with several GPUs each takes its
     own, and the first one prints."""
+    if not dist.is_available():  # some builds of torch have none
+        return
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     signal.signal(signal.SIGTERM, end_with_others)
@@ -540,6 +542,19 @@ class Trained:
     model: GPT
     outcome: Outcome
     seconds: float  # that this run spent on it, less if its file was there
+
+    def __reduce__(self):
+        # To another process a model travels as its file: sent as tensors, each of its weights would
+        # hold a file descriptor open, of which a process has 1,024 on most systems.
+        model = self.model
+        return load_trained, (self.name, self.key, self.path, self.outcome, self.seconds,
+                              model.attention, model.fixed_shapes, model.precision)
+
+
+def load_trained(name, key, path, outcome, seconds, *options) -> Trained:
+    """A stage of another process on this machine's CPU, from its file."""
+    model, _ = load_model(path, "cpu", *options)
+    return Trained(name, key, path, model, outcome, seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -893,9 +908,8 @@ def describe_size(run: Run) -> str:
     """Parameters of the run's models, and on a GPU the memory that it is about to take."""
     words = f"{count_parameters(run.shape) / 1e6:,.2f} M parameters"
     if run.machine.device == "cuda":
-        base = run.config.base
-        gigabytes = estimate_memory(run.shape, base.batch // base.accumulate, prompt_room(run))
-        words += f", about {gigabytes:.0f} GB"
+        T = prompt_room(run) + run.config.eval.max_new
+        words += f", about {estimate_memory(run.shape, T):.0f} GB"
     return words
 
 

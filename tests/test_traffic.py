@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def note_and_wait(run, data, stages, subject):
     (folder / f"{name} began").write_text(" ".join(stages))
     time.sleep(seconds)
     (folder / f"{name} ended").write_text("")
-    return [(of_stage(name, None), f"measured {name}")]
+    return [(SimpleNamespace(name=name), f"measured {name}")]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -158,7 +159,7 @@ def test_a_task_begins_when_a_process_is_free_and_what_it_needs_is_there(run, tm
     tasks = [safety.Task(note_and_wait, (name, seconds, tmp_path), needs)
              for name, seconds, needs in plan]
     (run.folder / "log.jsonl").touch()
-    models = safety.work_off(tasks, run, None, of_stage("base", None), jobs)
+    models = safety.work_off(tasks, run, None, SimpleNamespace(name="base"), jobs)
     assert {name: measured for name, (_, measured) in models.items()} == {
         name: f"measured {name}" for name, _, _ in plan}
     for name, _, needs in plan:

@@ -189,13 +189,13 @@ def test_a_cpu_computes_in_float32_unless_it_is_told_otherwise():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_first_line_counts_parameters_and_what_they_take_fits_their_gpu(size):
+def test_the_first_line_counts_parameters_and_what_they_take(size):
     shape = shape_of(size, 50257, 50256)
     C = shape.width
     block = 12 * C ** 2 + 13 * C  # Radford et al. 2019: four matrices of 3, 1, 4 and 4 C^2, biases
     parameters = 50304 * C + shape.context * C + shape.layers * block + 2 * C + (C + 1)
     assert train.count_parameters(shape) == parameters
-    assert 34e-9 * parameters < train.estimate_memory(shape, 24, 64) < 80  # GB, of one H100
+    assert 46e-9 * parameters < train.estimate_memory(shape, 64) < 46e-9 * parameters + 40  # GB
 
 
 def test_bfloat16_learns_what_float32_learns(small, world):
