@@ -187,9 +187,10 @@ def estimate_memory(shape: Shape, T: int) -> float:
 
     A weight, its gradient and two moments are 16 bytes. Seven models lie beside it with 4 each,
     from the base to the reference, and a copy that answers are drawn with. A token leaves 34 C
-    bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores, which fused
-    attention does not keep), and its logits are there in chunks. Recorded decoders keep keys and
-    values of 256 rows, of T tokens, of twice as many and of T again for temperature 0.
+    bytes of a layer to the backward pass (Korthikanti et al. 2022, eq. 2, without the scores,
+    which fused attention does not keep), and its logits are there in chunks. Recorded decoders
+    keep keys and values of 256 rows, of T tokens, of twice as many and of T again for temperature
+    0.
     """
     weights = (16 + 7 * 4 + 2) * count_parameters(shape)
     activations = 64 * T * shape.layers * shape.width * 34
