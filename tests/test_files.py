@@ -308,10 +308,10 @@ def test_temporary_files_of_dead_processes_are_swept_and_of_living_ones_kept(tmp
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    for number in (pid, os.getpid()):
+    for number in (pid, os.getpid(), os.getppid()):  # as after a restart of a container
         (tmp_path / f"base-1.pt.{number}.tmp").write_bytes(b"")
     train.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f"base-1.pt.{os.getpid()}.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"base-1.pt.{os.getppid()}.tmp"]
     left = tmp_path / "stages" / f"base-1.pt.{pid}.tmp"
     left.parent.mkdir()
     left.write_bytes(b"")
