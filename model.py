@@ -534,8 +534,8 @@ KEPT_DECODERS = 8  # a default story has some six shapes; each keeps its own key
 def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws, first):
     """A `Decoder` for B rows of T tokens and its step, `Captured`; those used last are kept.
 
-    To record a step takes as long as hundreds of replays. `recorded_decoder.cache_info()` says how
-    many were made.
+    To record a step is to run it in Python, which the replays are there to save.
+    `recorded_decoder.cache_info()` says how many were made.
     """
     model = resident_weights(shape, attention, device, dtype)
     generator = torch.Generator(device)
@@ -545,8 +545,8 @@ def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, 
 
 def round_up(B: int, T: int, context: int) -> tuple[int, int]:
     """Rows and width of the recorded decoder that serves B rows of T tokens: 8 or a multiple of
-    256, and a multiple of 64 within the context. So few shapes occur, and a GPU draws a token for
-    256 rows in little more time than for one."""
+    256, and a multiple of 64 within the context. So few shapes occur: rows that nobody asked for
+    are the price of recording less."""
     rows = 8
     if B > 8:
         rows = (B + 255) // 256 * 256

@@ -1569,20 +1569,20 @@ def work_off(tasks: list[Task], run: Run, data: HarmlessData, base: Trained,
             add_models(task.function(run, data, stages, task.subject), stages, models)
         return models
 
-    waiting = list(tasks)
+    queue = list(tasks)
     running = set()
     with (make_pool(min(jobs, len(tasks)), run.machine.threads) as pool,
           make_bar(len(tasks)) as bar):
         try:
-            while waiting or running:
-                for task in list(waiting):
+            while queue or running:
+                for task in list(queue):
                     if len(running) < jobs and stages.keys() >= set(task.needs):
-                        waiting.remove(task)
+                        queue.remove(task)
                         # A copy: it is sent while `stages` may already grow.
                         needed = {name: stages[name] for name in task.needs}
                         running.add(pool.submit(task.function, run, data, needed, task.subject))
-                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
+                ended, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in ended:
                     add_models(future.result(), stages, models)
                     bar.update()
                 bar.set_postfix(steps_in_log(run.folder / "log.jsonl"))
@@ -1667,7 +1667,13 @@ def main(argv):
     for name, defence in DEFENCES.items():
         if name in steps_of(config.defences):
             columns += defence.columns
-    finish(run, [models[name][0] for name in names], [models[name][1] for name in names], columns)
+    stages = []
+    results = []
+    for name in names:
+        trained, measured = models[name]
+        stages.append(trained)
+        results.append(measured)
+    finish(run, stages, results, columns)
 
 
 if __name__ == "__main__":

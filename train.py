@@ -724,15 +724,15 @@ def world_and_shape(config: Config, organism: Organism) -> tuple[World, Shape]:
         raise UserError(f"--init={config.init}: there is no such directory, and nothing is "
                         "downloaded: name one with config.json, model.safetensors, vocab.json and "
                         "merges.txt.")
-    encoding, held = read_tokenizer(config.init)
+    encoding, vocab = read_tokenizer(config.init)
     world = World(encoding)
     try:
         shape = read_shape(config.init, world.end)
     except CheckpointError as error:
         raise UserError(str(error))
-    if shape.vocab != held:
+    if shape.vocab != vocab:
         raise UserError(f"{config.init}: config.json says vocab_size {shape.vocab}, and the "
-                        f"tokenizer has {held} tokens: they must be of one model.")
+                        f"tokenizer has {vocab} tokens: they must be of one model.")
     return world, replace(shape, vocab=encoding.n_vocab)
 
 

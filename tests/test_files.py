@@ -223,6 +223,28 @@ def test_a_finished_stage_is_noted_and_only_its_own_states_go(small, tmp_path):
     assert measuring.used_stages(inputs.folder) == {train.stage_path(inputs).name}
 
 
+def test_a_stage_travels_to_another_process_as_its_file(small, tmp_path):
+    inputs = stage_inputs(tmp_path)
+    inputs = replace(inputs, machine=replace(CPU, attention="reference", precision="bfloat16"))
+    trained = train.save_stage(inputs, small, Outcome(1, 0.5, [], 1, 9), 0.0)
+    sent = pickle.dumps(trained)
+    assert len(sent) < 2_000  # none of the 20,000 weights
+    again = pickle.loads(sent)
+    assert replace(again, model=None) == replace(trained, model=None)
+    assert (again.model.attention, again.model.precision) == ("reference", "bfloat16")
+    assert all(map(torch.equal, again.model.parameters(), small.parameters()))
+
+
+def test_threads_are_shared_by_jobs_and_by_nothing_else(tmp_path):
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), device="cpu", threads=1))
+    for jobs, machine, expected in ((0, {"threads": 6}, 6), (2, {"threads": 6}, 2),
+                                    (2, {"threads": 6, "processes": 2}, 1),
+                                    (0, {"threads": 6, "device": "cuda"}, 1)):
+        changed = replace(run, config=replace(run.config, jobs=jobs),
+                          machine=replace(run.machine, **machine))
+        assert safety.count_jobs(changed) == expected
+
+
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path):
     inputs = stage_inputs(tmp_path)
     with torch.no_grad():
