@@ -527,7 +527,7 @@ def resident_weights(shape: Shape, attention, device, dtype) -> GPT:
     return model.to(dtype).to_empty(device=device).requires_grad_(False)
 
 
-KEPT_DECODERS = 8  # a default story has some six shapes; each keeps its own keys and values
+KEPT_DECODERS = 8  # a default story has five shapes; each keeps its own keys and values
 
 
 @lru_cache(maxsize=KEPT_DECODERS)
