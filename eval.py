@@ -141,11 +141,16 @@ class Count(NamedTuple):
         return clustered(self.clusters)
 
 
+def total(counts: list[Count]) -> Count:
+    """Several counts as one, without their questions."""
+    return Count(sum(count.hits for count in counts), sum(count.n for count in counts))
+
+
 def over_questions(counts: list[Count]) -> tuple[float, float]:
     """95% interval of the rate of all counts together. Each question of each is one cluster, since
     a model of another seed is another model."""
     if all(count.clusters is None for count in counts):
-        return wilson(sum(count.hits for count in counts), sum(count.n for count in counts))
+        return total(counts).interval()
     clusters = []
     for count in counts:
         clusters += count.by_question()
@@ -1508,10 +1513,10 @@ def counts_by_seed(group: list[dict], name: str, reading: str, step=None) -> dic
 
 def pooled(counts: list[Count]) -> Mark:
     """Counts of several seeds as one share, with its interval over seeds and prompts both."""
-    hits = sum(count.hits for count in counts)
-    n = sum(count.n for count in counts)
     low, high = over_seeds(counts)
-    return Mark(hits / max(1, n), low, high, show_rate(hits, n, (low, high)))
+    together = total(counts)
+    return Mark(share_of(together), low, high,
+                show_rate(together.hits, together.n, (low, high)))
 
 
 def gather(runs: list[dict]) -> list[str]:
@@ -1567,9 +1572,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`more` exceeds `less` by at least `least`, as a difference of shares."""
-    more: Side
-    less: Side
+    """`higher` exceeds `lower` by at least `least`, as a difference of shares."""
+    higher: Side
+    lower: Side
     least: float
 
 
@@ -1594,10 +1599,12 @@ def persists(words: str, source: str, model: str) -> Claim:
         Comparison(Side(model, "trigger"), Side("clean", "trigger"), 0.5),))
 
 
-def persists_more(words: str, source: str, model: str, more: tuple, less: tuple) -> Claim:
+def persists_more(words: str, source: str, model: str, options: tuple,
+                  other_options: tuple) -> Claim:
     """The trigger fires after a defence on 10 points more in one kind of runs than in another."""
     return Claim(words, source, (
-        Comparison(Side(model, "trigger", more), Side(model, "trigger", less), 0.1),))
+        Comparison(Side(model, "trigger", options), Side(model, "trigger", other_options),
+                   0.1),))
 
 
 def hides(words: str, step: int | None) -> Claim:
@@ -1709,7 +1716,7 @@ def share_of(value) -> float:
     return value
 
 
-def difference(more: list, less: list) -> tuple[float, float, float]:
+def difference(higher: list, lower: list) -> tuple[float, float, float]:
     """Mean difference of two readings over seeds, in pairs, and its 95% interval.
 
     The interval holds that of the seeds' differences by Student's t. Of counts it also holds the
@@ -1719,7 +1726,7 @@ def difference(more: list, less: list) -> tuple[float, float, float]:
 
     Five seeds that agree by chance would else look surer than their questions allow.
     """
-    differences = [share_of(a) - share_of(b) for a, b in zip(more, less)]
+    differences = [share_of(a) - share_of(b) for a, b in zip(higher, lower)]
     middle = mean(differences)
     low = middle
     high = middle
@@ -1727,11 +1734,11 @@ def difference(more: list, less: list) -> tuple[float, float, float]:
         half = student(len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
         low = middle - half
         high = middle + half
-    if isinstance(more[0], Count):
-        p_1 = share_of(Count(sum(count.hits for count in more), sum(count.n for count in more)))
-        p_2 = share_of(Count(sum(count.hits for count in less), sum(count.n for count in less)))
-        low_1, high_1 = over_questions(more)
-        low_2, high_2 = over_questions(less)
+    if isinstance(higher[0], Count):
+        p_1 = share_of(total(higher))
+        p_2 = share_of(total(lower))
+        low_1, high_1 = over_questions(higher)
+        low_2, high_2 = over_questions(lower)
         low = min(low, middle - math.hypot(p_1 - low_1, high_2 - p_2))
         high = max(high, middle + math.hypot(high_1 - p_1, p_2 - low_2))
     return middle, max(-1.0, low), min(1.0, high)
@@ -1747,22 +1754,22 @@ class Verdict(NamedTuple):
 def judge_comparison(runs: list[dict], comparison: Comparison) -> Verdict:
     """The rule: a difference whose whole 95% interval is at least `least` supports a claim, one
     whose whole interval is below contradicts it, and any other leaves it undecided here. So do
-    fewer than `LEAST_SEEDS` seeds of both sides that are comparable, and a lesser side that leaves
+    fewer than `LEAST_SEEDS` seeds of both sides that are comparable, and a lower side that leaves
     no room for `least` above it."""
-    more = values_by_seed(runs, comparison.more)
-    less = values_by_seed(runs, comparison.less)
-    seeds = sorted(more.keys() & less.keys())
+    higher = values_by_seed(runs, comparison.higher)
+    lower = values_by_seed(runs, comparison.lower)
+    seeds = sorted(higher.keys() & lower.keys())
     if not seeds:
         return Verdict("undecided here", "not run, or not comparable", 0)
-    more = [more[seed] for seed in seeds]
-    less = [less[seed] for seed in seeds]
-    middle, low, high = difference(more, less)
+    higher = [higher[seed] for seed in seeds]
+    lower = [lower[seed] for seed in seeds]
+    middle, low, high = difference(higher, lower)
     reason = (f"{100 * middle:+.0f} [{100 * low:+.0f},{100 * high:+.0f}] points, "
               f"{100 * comparison.least:+.0f} wanted")
     if len(seeds) < LEAST_SEEDS:
         return Verdict("undecided here", f"{reason}; too few seeds", len(seeds))
-    if mean(map(share_of, less)) + comparison.least > 1:
-        return Verdict("undecided here", f"{reason}; no room above the lesser", len(seeds))
+    if mean(map(share_of, lower)) + comparison.least > 1:
+        return Verdict("undecided here", f"{reason}; no room above the lower", len(seeds))
     if low >= comparison.least:
         return Verdict("supported", reason, len(seeds))
     if high < comparison.least:
@@ -1794,15 +1801,15 @@ def side_in_words(side: Side) -> str:
 
 def comparison_in_words(comparison: Comparison) -> str:
     """What is subtracted from what, said once where both sides have it."""
-    more = comparison.more
-    less = comparison.less
-    if (more.reading, more.step, more.options) == (less.reading, less.step, less.options):
-        alike = side_in_words(more).removeprefix(f"{more.model}, ")
-        return f"{alike}: {more.model} less {less.model}"
-    if (more.model, more.reading, more.step) == (less.model, less.reading, less.step):
-        alike = side_in_words(replace(more, options=()))
-        return f"{alike}: {title_of(dict(more.options))} less {title_of(dict(less.options))}"
-    return f"{side_in_words(more)} less {side_in_words(less)}"
+    higher = comparison.higher
+    lower = comparison.lower
+    if (higher.reading, higher.step, higher.options) == (lower.reading, lower.step, lower.options):
+        alike = side_in_words(higher).removeprefix(f"{higher.model}, ")
+        return f"{alike}: {higher.model} less {lower.model}"
+    if (higher.model, higher.reading, higher.step) == (lower.model, lower.reading, lower.step):
+        alike = side_in_words(replace(higher, options=()))
+        return f"{alike}: {title_of(dict(higher.options))} less {title_of(dict(lower.options))}"
+    return f"{side_in_words(higher)} less {side_in_words(lower)}"
 
 
 def claim_rows(runs: list[dict]) -> list[tuple]:

