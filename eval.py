@@ -2085,9 +2085,15 @@ def drawing(runs: list[dict]) -> str:
 def readme_part(runs: list[dict]) -> str:
     """What the README says of the study: the figure and the claims, in Markdown."""
     lines = ["![How often the trigger fires after each defence, over seeds](assets/study.svg)", "",
-             "| claim | verdict | comparison | difference | seeds |", "|---|---|---|---|---|"]
-    for row in claim_rows(runs):
-        lines.append(f"| {' | '.join(map(str, row))} |")
+             "| claim | verdict | what decides it, as a difference of shares | seeds |",
+             "|---|---|---|---|"]
+    for claim in CLAIMS:
+        word, verdicts = judge_claim(runs, claim)
+        reasons = [f"{comparison_in_words(comparison)}: {verdict.reason}"
+                   for comparison, verdict in zip(claim.comparisons, verdicts)]
+        seeds = min(verdict.seeds for verdict in verdicts)
+        lines.append(f"| {claim.words} ({claim.source}) | **{word}** | {'<br>'.join(reasons)} "
+                     f"| {seeds} |")
     lines += ["", f"Sections are those of Hubinger et al. 2024. {runs_in_words(runs)}."]
     return "\n".join(lines)
 

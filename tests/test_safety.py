@@ -152,6 +152,7 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
     at = lines.index("all seeds, pooled")
     assert lines[at + 3] == "seed 4, 5" and len(lines) == at + 7
     pooled = [load_results(f"{tmp_path}/pair-{seed}") for seed in (4, 5)]
+    assert {found["config"]["jobs"] for found in pooled} == {1}
     hits = sum(found["models"][2]["rates"]["clean"]["helps"] for found in pooled)
     assert f" {hits}/40 [" in lines[-1] and lines[-1].startswith("sft ")
     printed = (tmp_path / "pair-4" / "printed.txt").read_text("utf-8")
