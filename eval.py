@@ -1941,16 +1941,30 @@ def numeric_options(runs: list[dict]) -> list[str]:
 def grid_series(runs: list[dict], option_name: str, name: str) -> dict[str, dict]:
     """{what else sets the runs apart: {value of the option: share of triggers that fire}} of a
     model, where at least three values of the option were run and nothing else differs."""
-    series = {}
+    points_of_rest = {}
+    rests = {}
     for group in groups_of_seeds(runs):
         rest = options_apart(group)
         rest.pop(option_name, None)
         entry = pooled_reading(group, name, "trigger")
         config = group[0]["config"]
         if entry is not None and option_name in config:
-            series.setdefault(title_of(rest), {})[config[option_name]] = entry
-    return {title: dict(sorted(points.items())) for title, points in series.items()
-            if len(points) >= 3}
+            key = title_of(rest)
+            points_of_rest.setdefault(key, {})[config[option_name]] = entry
+            rests[key] = rest, config
+
+    # Default runs get the values of what the other lines differ in: 'sft.lr 0.0007'.
+    varied = {}
+    for key, points in points_of_rest.items():
+        if len(points) >= 3:
+            varied |= dict.fromkeys(rests[key][0])
+    series = {}
+    for key, points in points_of_rest.items():
+        if len(points) >= 3:
+            _, config = rests[key]
+            title = title_of({other_name: config[other_name] for other_name in varied})
+            series[title] = dict(sorted(points.items()))
+    return series
 
 
 def grids_figure(runs: list[dict]) -> str:

@@ -309,6 +309,22 @@ def test_a_grid_shows_each_value_with_its_own_seeds():
     assert series["default"][400].text.startswith(f"{hits}/100 ")
 
 
+def test_lines_of_a_grid_are_called_by_what_tells_them_apart():
+    runs = []
+    for steps in (200, 400, 800):
+        for lr in (0.1, 0.2):
+            changed = {}
+            if steps != 800:
+                changed["insert.steps"] = steps
+            if lr != 0.2:
+                changed["sft.lr"] = lr
+            found = results(0, [model("base", 0), model("sft", 20)], **changed)
+            found["config"]["sft.lr"] = lr
+            runs.append(summarise(found))
+    assert set(measuring.grid_series(runs, "insert.steps", "sft")) == {"sft.lr 0.1", "sft.lr 0.2"}
+    assert measuring.grid_series(runs, "sft.lr", "sft") == {}  # two values are no curve
+
+
 def test_the_readme_gets_the_claims_and_the_figure_and_keeps_the_rest(tmp_path):
     for number, summary in enumerate(some_runs()):
         save_summary(tmp_path / "few", summary, f"run-{number}")
