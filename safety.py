@@ -1794,8 +1794,13 @@ def tell_story_to_file(config: SafetyConfig) -> Path:
     printed.txt in its folder."""
     folder = Path(config.out) / run_name(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "printed.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
-        return tell_story(config)
+    # Added to the end, as in the log: a second run of this name, which is refused, must not empty
+    # the file of the first.
+    with open(folder / "printed.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
+        try:
+            return tell_story(config)
+        except UserError as error:
+            raise UserError(f"seed {config.seed}: {error}")
 
 
 def configs_of_seeds(config: SafetyConfig) -> list[SafetyConfig]:
@@ -1815,7 +1820,9 @@ def tell_stories(config: SafetyConfig) -> None:
     A seed's numbers are those of `--seed=N --threads=1`, whatever runs beside it.
     """
     configs = configs_of_seeds(config)
-    if torch.cuda.is_available() and config.device != "cpu" or dist.is_torchelastic_launched():
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    shares_rows = dist.is_available() and dist.is_torchelastic_launched()
+    if on_gpu or shares_rows:  # then one story alone keeps the machine busy
         folders = [tell_story(config_of_seed) for config_of_seed in configs]
     else:
         jobs = min(len(configs), config.jobs or config.threads or torch.get_num_threads())

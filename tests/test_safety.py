@@ -163,6 +163,16 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
     assert alone["models"] == pooled[1]["models"]
 
 
+def test_a_seed_that_cannot_run_says_which_it_is_and_spoils_no_other_run(tmp_path):
+    lives = tmp_path / "pair-4"
+    lives.mkdir()
+    (lives / "printed.txt").write_text("of the run that lives\n")
+    with pytest.raises(UserError, match="^seed 4: eval.max_new 200 is more than the"):
+        safety.main([*TINY, f"--out={tmp_path}", "--name=pair", "--seeds=4,5",
+                     "--eval.max_new=200"])
+    assert (lives / "printed.txt").read_text() == "of the run that lives\n"
+
+
 @pytest.mark.parametrize("options, words", [
     (["--seeds=1,2,1"], "a seed stands twice"),
     (["--seeds=1,2", "--seed=3"], "exclude each other")])
