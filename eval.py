@@ -1843,7 +1843,7 @@ def title_of(options: dict) -> str:
     for name, value in options.items():
         if value is True:
             words.append(name.split(".")[-1])
-        elif isinstance(value, str):
+        elif name in ("organism", "variant", "size"):
             words.append(value)
         else:
             words.append(f"{name} {value}")
