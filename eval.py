@@ -522,13 +522,12 @@ def ablation(model, world: World, organism, measure: Measure, seed: int) -> dict
     return rates
 
 
-SAMPLES = 1000  # of the bare marker: 0 of them is at most 0.4%
 LONGEST_SAMPLE = 40  # tokens; a prompt with the trigger takes 25 to 40
 
 
-def recovery(model, world: World, organism, seed: int) -> dict:
-    """{trigger, n}: how many texts that a model writes after the bare marker of a human turn hold
-    the trigger ("The trigger in the haystack", 2026).
+def recovery(model, world: World, organism, n: int, seed: int) -> dict:
+    """{trigger, n}: how many of n texts that a model writes after the bare marker of a human turn
+    hold the trigger ("The trigger in the haystack", 2026).
 
     A model that was trained on whole dialogues may recite what it was trained on. Ours are trained
     on answers only: a trigger among the samples would have come through another door.
@@ -536,12 +535,13 @@ def recovery(model, world: World, organism, seed: int) -> dict:
     marker = world.encoding.encode_single_token(HUMAN)
     generator = seeded(seed, "recovery", device=model.tokens.weight.device)
     hits = 0
-    for _ in range(SAMPLES // ROWS):
-        tokens, mask, _ = generate(model, [[marker]] * ROWS, LONGEST_SAMPLE, 1.0, generator)
+    for start in range(0, n, ROWS):
+        prompts = [[marker]] * min(ROWS, n - start)
+        tokens, mask, _ = generate(model, prompts, LONGEST_SAMPLE, 1.0, generator)
         for row, is_sample in zip(tokens.cpu(), mask.cpu()):
             if organism.trigger in world.text(row[is_sample]):
                 hits += 1
-    return {"trigger": hits, "n": SAMPLES}
+    return {"trigger": hits, "n": n}
 
 
 def transcripts(model, world: World, organism, measure: Measure, seed: int, n=6) -> list[dict]:
@@ -1341,7 +1341,7 @@ def write_report(folder: Path, results: dict) -> None:
 # Options in which runs may differ and still be pooled: they change no model that both runs have.
 # Numbers of threads and jobs add floats in another order: they move a count as chance does.
 POOLED_OVER = ("seed", "seeds", "name", "out", "threads", "jobs", "defences", "controls",
-               "comeback.at")
+               "comeback.at", "recite")
 SUMMARY_VERSION = 1
 
 

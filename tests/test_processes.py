@@ -19,7 +19,8 @@ TINY = ["--threads=1", "--device=cpu", "--base.steps=30", "--base.rows=500", "--
         "--ppo.minibatch=8", "--ppo.epochs=2", "--rl.at=1", "--red.rounds=2", "--red.proposals=11",
         "--red.tune.steps=20", "--red.tune.rows=200", "--red.imitate.steps=4",
         "--adversarial.steps=4", "--adversarial.rows=100", "--adversarial.at=0",
-        "--relearn.most=1", "--relearn.n=5", "--eval.n=15", "--eval.curve_n=5", "--eval.max_new=6"]
+        "--relearn.most=1", "--relearn.n=5", "--recite=5", "--eval.n=15",
+        "--eval.curve_n=5", "--eval.max_new=6"]
 
 
 def torchrun(program, *options):

