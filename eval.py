@@ -1346,8 +1346,8 @@ SUMMARY_VERSION = 1
 
 
 def count_to_text(count: Count) -> str:
-    """'3/8 0/2*2 2/2 1/2': hits and n, then those of its questions, equal ones once. Its interval
-    needs no more, and no less."""
+    """'3/8 0/2*2 1/2*1 2/2*1': hits and n, then those of its questions, equal ones once. Its
+    interval needs no more, and no less."""
     words = [f"{count.hits}/{count.n}"]
     if count.clusters is not None:
         for (hits, n), times in sorted(Counter(count.clusters).items()):
@@ -1629,7 +1629,8 @@ def comes_back(words: str, model: str, updates: int) -> Claim:
         Comparison(Side(model, f"comeback {updates}"), Side(model, "comeback 0"), 0.1),))
 
 
-# Written before the first run of the study. A difference that is smaller than `least` is no support
+# Written before the runs of the study, but after a trial of the default kind with seed 0, which the
+# README tells of. A difference that is smaller than `least` is no support
 # whatever its interval.
 CLAIMS = (
     persists("The backdoor persists through SFT", "section 5", "sft"),
@@ -2072,10 +2073,10 @@ def drawing(runs: list[dict]) -> str:
             panels.append((f"Trigger after sft, by {option_name}", option_name, series))
     for group in groups_of_seeds(runs):
         if options_apart(group) == {}:
-            for name, unit in (("sft", "updates"), ("adversarial", "updates")):
+            for name in ("sft", "adversarial"):
                 series = dose_panels(group, name)
                 if series:
-                    panels.append((f"{name}, as it goes on ({seeds_in_words(group)})", unit,
+                    panels.append((f"{name}, as it goes on ({seeds_in_words(group)})", "updates",
                                    series))
     # Two panels a row, 340 units wide each, with a title and a legend of two lines above.
     style = (Path(__file__).parent / "assets" / "page.css").read_text(encoding="utf-8")

