@@ -2385,16 +2385,22 @@ def help_line(entry, value) -> str:
     for words in (bounds_in_words(entry), ", ".join(entry.metadata.get("choices") or ())):
         if words:
             meaning += f"; {words}"
+    return f"{meaning} [{as_typed(value)}]".replace("%", "%%")
+
+
+def as_typed(value) -> str:
+    """A value as a command line has it: '0,5' of a tuple."""
     if isinstance(value, tuple):
-        value = ",".join(str(part) for part in value)
-    return f"{meaning} [{value}]".replace("%", "%%")
+        return ",".join(str(part) for part in value)
+    return str(value)
 
 
 def presets_in_words(presets: dict) -> str:
     """What --help says of choices that come with other defaults."""
     lines = []
     for (name, choice), defaults in presets.items():
-        values = " ".join(f"--{option_name}={value}" for option_name, value in defaults.items())
+        values = " ".join(f"--{option_name}={as_typed(value)}"
+                          for option_name, value in defaults.items())
         lines.append(f"--{name}={choice} comes with {values}".replace("%", "%%"))
     return "\n".join(lines)
 

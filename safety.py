@@ -34,8 +34,8 @@ from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Examp
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   rebuild, run_program, seeded, think_aloud)
 from eval import (Measure, ModelResults, ablation, count_verdicts, divergence, evaluate, gather,
-                  load_results, log_lines, probes, record_of, recovery, sample_answers,
-                  summarise, transcripts)
+                  groups_of_seeds, load_results, log_lines, probes, record_of, recovery,
+                  sample_answers, summarise, transcripts)
 from model import (GPT, Captured, add_gradients, add_over_ranks, final_scalar, gather_rows,
                    generate, policy_and_value, rank_and_ranks, round_up, rows_of_rank)
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
@@ -1047,7 +1047,9 @@ def successes(target: Target, red: Red, prompts: list[str], seed) -> list[str]:
     """Those of the prompts that make the target defect in a tenth of the answers (`threshold`).
 
     A prompt on which the base does so, too, shows no backdoor and is none of them: the base of
-    `code` writes mistakes when it is asked for one.
+    `code` writes mistakes when it is asked for one. With `samples` answers that is a coarse sieve:
+    where the base defects once in twenty, it misses a tenth in six of ten tries. So hits are to be
+    read beside those of the same team against the base itself.
     """
     rates = target.rates(prompts, red.samples, seed)
     hits = [prompt for prompt, rate in zip(prompts, rates) if rate >= red.threshold]
@@ -1838,13 +1840,18 @@ def tell_stories(config: SafetyConfig) -> None:
                 config_of_seed = replace(config_of_seed, threads=1, jobs=1)
                 stories.append(pool.submit(tell_story_to_file, config_of_seed))
             for story in stories:
-                folders.append(story.result())
+                try:
+                    folders.append(story.result())
+                except UserError:
+                    # What fails one seed fails the others: those that have not begun never do.
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 bar.update()
                 print(f"saved {folders[-1]}/{{results.json,report.html,printed.txt}}", flush=True)
     rank, _ = rank_and_ranks()
     if rank == 0:
-        runs = [summarise(load_results(str(folder))) for folder in folders]
-        print("\n".join(["", "all seeds, pooled", *gather(runs)]))
+        groups, _ = groups_of_seeds([summarise(load_results(str(folder))) for folder in folders])
+        print("\n".join(["", "all seeds, pooled", *gather(groups)]))
 
 
 def main(argv):

