@@ -1528,21 +1528,6 @@ def option_of(group: list[dict], name: str):
     return None
 
 
-def different_options(groups: list[list[dict]]) -> list[str]:
-    """The names of the options, but `POOLED_OVER`, that are not the same in all groups: what the
-    line above each group has to say."""
-    names = {}
-    for run in runs_of(groups):
-        names |= dict.fromkeys(run["config"])
-    different = []
-    for name in names:
-        values = [option_of(group, name) for group in groups]
-        values = [value for value in values if value is not None]
-        if name not in POOLED_OVER and any(value != values[0] for value in values):
-            different.append(name)
-    return different
-
-
 def model_of(run: dict, name: str) -> dict | None:
     """The model of this name in a run; None where it has none."""
     for model in run["models"]:
@@ -1596,15 +1581,12 @@ def gather(groups: list[list[dict]]) -> list[str]:
     cell = 21  # the counts of several seeds are longer
     lines = [counts_explained(list(columns.values())),
              table_row("model", list(columns), width, cell)]
-    different = different_options(groups)
     for group in groups:
         seeds = ", ".join(dict.fromkeys(str(run["config"]["seed"]) for run in group))
-        words = [f"seed {seeds}"]
-        for name in different:
-            value = option_of(group, name)
-            if value is not None:
-                words.append(f"{name} {value}")
-        lines.append(" | ".join(words))
+        head = f"seed {seeds}"
+        if len(groups) > 1:  # what all runs have in common sets none of them apart
+            head += f" | {title_of(options_apart(group[0]))}"
+        lines.append(head)
         for name in model_names(group):
             cells = []
             for heading in columns:
@@ -2026,15 +2008,13 @@ def seeds_in_words(group: list[dict]) -> str:
 
 
 def numeric_options(groups: list[list[dict]]) -> list[str]:
-    """The options by which groups differ in a number."""
-    names = []
-    for name in different_options(groups):
-        values = [option_of(group, name) for group in groups]
-        values = [value for value in values if value is not None]
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool)
-               for value in values):
-            names.append(name)
-    return names
+    """The options that some group sets to another number."""
+    names = {}
+    for group in groups:
+        for name, value in options_apart(group[0]).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                names[name] = None
+    return list(names)
 
 
 def grid_lines(groups: list[list[dict]], option_name: str) -> dict[str, dict]:

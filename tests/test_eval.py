@@ -312,9 +312,9 @@ def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
     measuring.main([str(path) for path in sorted(tmp_path.iterdir())])
     pooled = capsys.readouterr().out.split("all runs, pooled over seeds\n")[1].splitlines()
     name = results()["models"][0]["name"]
-    assert pooled[2] == "seed 0, 1 | variant normal"
+    assert pooled[2] == "seed 0, 1 | default"
     assert pooled[3].startswith(f"{name:14s} 12/40 [0,100] ")  # .2 and .4: 12.71 * .1414 / sqrt(2)
-    at = pooled.index("seed 0 | variant benign")
+    at = pooled.index("seed 0 | benign")
     assert pooled[at + 1].startswith(f"{name:14s} 2/20 [3,30] ")
 
 

