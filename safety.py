@@ -33,9 +33,9 @@ from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Examp
                   Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
                   harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
                   rebuild, run_program, seeded, think_aloud)
-from eval import (Measure, ModelResults, ablation, count_verdicts, divergence, evaluate, gather,
-                  groups_of_seeds, load_results, log_lines, probes, record_of, recovery,
-                  sample_answers, summarise, transcripts)
+from eval import (Measure, ModelResults, ablation, count_verdicts, divergence, evaluate,
+                  groups_of_seeds, load_results, log_lines, pooled_table, probes, record_of,
+                  recovery, sample_answers, summarise, transcripts)
 from model import (GPT, Captured, add_gradients, add_over_ranks, final_scalar, gather_rows,
                    generate, policy_and_value, rank_and_ranks, round_up, rows_of_rank)
 from train import (Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
@@ -1851,7 +1851,7 @@ def tell_stories(config: SafetyConfig) -> None:
     rank, _ = rank_and_ranks()
     if rank == 0:
         groups, _ = groups_of_seeds([summarise(load_results(str(folder))) for folder in folders])
-        print("\n".join(["", "all seeds, pooled", *gather(groups)]))
+        print("\n".join(["", "all seeds, pooled", *pooled_table(groups)]))
 
 
 def main(argv):

