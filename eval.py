@@ -1993,9 +1993,8 @@ def dose_series(runs: list[dict], model_name: str) -> dict[str, dict[int, Mark]]
         points = {0: pooled_reading(runs, before, heading)
                   or pooled_reading(runs, model_name, heading, 0)}
         for step in sorted(steps):
-            passing = [run for run in runs if model_of(run, model_name)["steps"] > step]
             ended = [run for run in runs if model_of(run, model_name)["steps"] == step]
-            counts = counts_by_seed(passing, model_name, heading, step)
+            counts = counts_by_seed(runs, model_name, heading, step)
             counts |= counts_by_seed(ended, model_name, heading)
             if counts:
                 points[step] = pooled(list(counts.values()))

