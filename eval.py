@@ -2244,10 +2244,8 @@ def readme_figure(groups: list[list[dict]]) -> str:
 
 
 def readme_part(groups: list[list[dict]]) -> str:
-    """What the README says of the study: the figure and the claims, in Markdown."""
-    lines = ["![How often the trigger fires after SFT, by how it was inserted and by size, and as "
-             "two defences go on](assets/study.svg)", "",
-             "| claim | verdict | what decides it, as a difference of shares | seeds |",
+    """What the README says of the study: the claims, in Markdown."""
+    lines = ["| claim | verdict | what decides it, as a difference of shares | seeds |",
              "|---|---|---|---|"]
     for claim in CLAIMS:
         word, verdicts = judge_claim(groups, claim)

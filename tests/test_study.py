@@ -505,7 +505,7 @@ def test_the_readme_gets_the_claims_and_the_figure_and_keeps_the_rest(tmp_path):
     for _ in range(2):  # a second time changes nothing
         measuring.main([*places, f"--readme={readme}"])
         text = readme.read_text("utf-8")
-        assert text.startswith("# Title\n\n<!-- study -->\n![") and text.endswith(
+        assert text.startswith("# Title\n\n<!-- study -->\n| claim |") and text.endswith(
             "\n<!-- /study -->\n\nrest\n")
         assert "old" not in text and text.count("| The backdoor persists through SFT") == 1
     svg = ElementTree.fromstring((tmp_path / "assets" / "study.svg").read_text("utf-8"))
