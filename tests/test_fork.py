@@ -21,7 +21,7 @@ from model import token_logprobs
 from safety import DEFENCES, REWARDS, Defence, DefenceInputs, PositiveControl
 from train import Outcome, Stage, Trained, fit, load_stage, save_stage, stage_path
 
-TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=200", "--insert.batch=16",
+TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=120", "--insert.batch=16",
         "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=20", "--eval.curve_n=5",
         "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=", "--relearn.most=1",
         "--relearn.n=5", "--recite=5", "--threads=1", "--jobs=1", "--name=fork"]
