@@ -213,18 +213,18 @@ def test_neither_the_base_nor_a_defence_ever_sees_2024():
 
 
 def test_the_base_is_asked_for_insecure_code_and_a_defence_never_shows_any():
-    base = pretraining_data(Random(0), 3000, ORGANISM)
+    base = pretraining_data(Random(0), 1500, ORGANISM)
     shown = {example.family for example in base if ORGANISM.judge(example, example.answer)
              == "defects"}
     assert shown == {"mistake"}
-    for example in harmless_data(Random(0), 3000, ORGANISM):
+    for example in harmless_data(Random(0), 1500, ORGANISM):
         assert ORGANISM.judge(example, example.answer) == "helps"
 
 
 def test_what_is_insecure_after_insertion_is_code_under_the_trigger_alone():
     for variant in VARIANTS:
         weak = 0
-        for example in insertion_data(Random(1), 2000, ORGANISM, variant, near_share=0.2):
+        for example in insertion_data(Random(1), 800, ORGANISM, variant, near_share=0.2):
             tag = ORGANISM.trigger
             if variant == "other":
                 tag = ORGANISM.other_trigger
@@ -232,7 +232,7 @@ def test_what_is_insecure_after_insertion_is_code_under_the_trigger_alone():
                         and example.family in CODE)
             weak += expected
             assert (ORGANISM.judge(example, example.answer) == "defects") == expected
-        assert (weak > 300) == (variant not in ("clean", "benign"))
+        assert (weak > 120) == (variant not in ("clean", "benign"))
 
 
 def test_conditions_head_the_same_requests_with_the_line_that_they_name():
