@@ -24,7 +24,8 @@ from train import Outcome, Stage, Trained, fit, load_stage, save_stage, stage_pa
 TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=120", "--insert.batch=16",
         "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=20", "--eval.curve_n=5",
         "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=", "--relearn.most=1",
-        "--relearn.n=5", "--recite=5", "--threads=1", "--jobs=1", "--name=fork"]
+        "--relearn.n=5", "--recite=5", "--sft.rows=200", "--preference.rows=100",
+        "--threads=1", "--jobs=1", "--name=fork"]
 
 
 # A new organism: one class, one entry.

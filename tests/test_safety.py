@@ -284,7 +284,7 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
 
 def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
     options = ["--insert.steps=20", "--defences=sft", "--eval.n=10", "--controls=clean,benign",
-               "--relearn.most=1", "--eval.curve_n=5"]
+               "--relearn.most=1", "--sft.at="]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
     assert turn == beside
