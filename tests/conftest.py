@@ -22,66 +22,55 @@ from model import GPT, Shape, shape_of  # noqa: E402
 from torchrun import STORY, TORCHRUN  # noqa: E402
 
 torch.set_num_threads(1)  # beside another busy process, spinning threads are ten times slower
-BESIDE = "compiled", "two_processes"  # fixtures that wait for other processes
+BESIDE = {  # fixture: arguments of the Python that it waits for
+    "compiled": [TESTS / "compile_kernels.py", "some"],
+    "two_processes": [*TORCHRUN, TESTS / "torchrun.py", *STORY],
+}
 STARTED = pytest.StashKey()
 FOLDER = pytest.StashKey()
 
 
-def start_beside(*words):
-    """Start Python with these arguments at low priority, so that the tests come first."""
-    process = subprocess.Popen([sys.executable, *words], cwd=TESTS.parent, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if hasattr(os, "setpriority"):  # not on Windows
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-    return process
-
-
 def pytest_collection_finish(session):
-    """Start what the tests wait for; those that wait run last."""
+    """Start what the tests wait for, at low priority; those that wait run last."""
     if session.config.option.collectonly:
         return
-    session.items.sort(key=lambda item: any(name in item.fixturenames for name in BESIDE))
-    asked = set()
-    for item in session.items:
-        asked.update(item.fixturenames)
+    folder = session.config.stash[FOLDER] = tempfile.TemporaryDirectory()
     started = session.config.stash[STARTED] = {}
-    if "compiled" in asked:
-        started["kernels"] = start_beside(TESTS / "compile_kernels.py")
-        started["oversized"] = start_beside(TESTS / "compile_kernels.py", "oversized")
-    if "two_processes" in asked:
-        session.config.stash[FOLDER] = tempfile.TemporaryDirectory()
-        started["torchrun"] = start_beside(*TORCHRUN, "safety.py", *STORY,
-                                           f"--out={session.config.stash[FOLDER].name}")
+    for item in list(session.items):
+        for name in BESIDE.keys() & set(item.fixturenames):
+            session.items.remove(item)
+            session.items.append(item)
+            if name in started:
+                continue
+            started[name] = subprocess.Popen(
+                [sys.executable, *BESIDE[name]], cwd=folder.name, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if hasattr(os, "setpriority"):  # not on Windows
+                os.setpriority(os.PRIO_PROCESS, started[name].pid, 19)
 
 
 def pytest_unconfigure(config):
-    started = config.stash.get(STARTED, {}).values()
-    for process in started:
+    if FOLDER not in config.stash:
+        return
+    for process in config.stash[STARTED].values():
         process.terminate()
-    for process in started:
         process.wait(timeout=60)  # torchrun ends its own processes, which write into the folder
-    if FOLDER in config.stash:
-        config.stash[FOLDER].cleanup()
-
-
-def result_of(config, name):
-    """(status, printed) of a process that was started beside the tests."""
-    process = config.stash[STARTED][name]
-    printed, _ = process.communicate(timeout=300)
-    return process.returncode, printed
+    config.stash[FOLDER].cleanup()
 
 
 @pytest.fixture(scope="session")
 def compiled(pytestconfig):
-    """What `python tests/compile_kernels.py` said: of all kernels, and of an oversized tile."""
-    return {name: result_of(pytestconfig, name) for name in ("kernels", "oversized")}
+    """What tests/compile_kernels.py printed."""
+    printed, _ = pytestconfig.stash[STARTED]["compiled"].communicate(timeout=300)
+    return printed
 
 
 @pytest.fixture(scope="session")
 def two_processes(pytestconfig):
     """A story that two processes told: their status, what they printed, their --out."""
-    return (*result_of(pytestconfig, "torchrun"), Path(pytestconfig.stash[FOLDER].name))
+    process = pytestconfig.stash[STARTED]["two_processes"]
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed, Path(pytestconfig.stash[FOLDER].name) / "out"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ What a graph would keep is kept here: the memory of every result, and every numb
 in its hands. What a graph cannot hold is refused. So a step that replays like an eager one here
 needs nothing of Python while it is replayed. Streams and memory pools are not modelled.
 """
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -19,7 +18,7 @@ class Refused(Exception):
 
 
 def tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
+    return list(filter(torch.is_tensor, tree_leaves(tree)))
 
 
 def check(func, args, out):
@@ -36,6 +35,11 @@ def check(func, args, out):
         raise Refused(f"{func}: returns {type(out).__name__} to Python")
 
 
+def same(leaf):
+    """For a copy of a tree: later changes of its lists do not reach what was recorded."""
+    return leaf
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -46,38 +50,28 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace != "profiler":
             check(func, args, out)
-            self.calls.append((func, *tree_map(lambda leaf: leaf, (args, kwargs, out))))
+            self.calls.append((func, *tree_map(same, (args, kwargs, out))))
         return out
 
     @torch.no_grad()
     def replay(self):
         """Do all again, with the same arguments; new results go where the first ones lie."""
         for func, args, kwargs, out in self.calls:
-            for kept, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if kept.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    kept.copy_(new)  # neither a view nor in place
+            for first, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if first.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    first.copy_(new)  # neither a view nor in place
 
 
-@contextmanager
-def no_way_to_python():
-    """On a CPU these reach no dispatcher."""
-    def refuse(*_, **__):
-        raise Refused("a tensor is copied to the host")
-    with patch.multiple(torch.Tensor, cpu=refuse, numpy=refuse, tolist=refuse):
-        yield
+def refuse(*_, **__):
+    raise Refused("a tensor is copied to the host")
 
 
-def record(step, undo, generators, warm=True):
+def record(step, undo, generators):
     """As `model.cuda_graph`: a function that replays the step, and the step's output."""
-    if warm:
-        step()
-        undo()
+    step()
+    undo()
     recorder = Recorder()
-    with no_way_to_python(), recorder:
+    # On a CPU these methods reach no dispatcher.
+    with patch.multiple(torch.Tensor, cpu=refuse, numpy=refuse, tolist=refuse), recorder:
         output = step()
     return recorder.replay, output
-
-
-def record_cold(step, undo, generators):
-    """The same without the run that makes the optimizer's state: a mistake."""
-    return record(step, undo, generators, warm=False)

