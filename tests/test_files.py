@@ -262,6 +262,16 @@ def test_an_interrupt_of_the_parent_or_a_failure_ends_its_children_at_once(tmp_p
     assert not woken.exists()
 
 
+@pytest.mark.parametrize("machine", [{"processes": 2}, {"device": "cuda"}])
+def test_jobs_are_refused_where_stages_run_in_turn(tmp_path, monkeypatch, machine):
+    run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), jobs=2))
+    run = replace(run, machine=replace(run.machine, **machine))
+    monkeypatch.setattr(safety, "start", lambda config: run)
+    monkeypatch.setattr(safety, "base_of", lambda run: pytest.fail("the base is trained first"))
+    with pytest.raises(UserError, match="leave --jobs out"):
+        safety.tell_story(run.config)
+
+
 # ---------------------------------------------------------------- programs
 
 @pytest.mark.parametrize("error", [
