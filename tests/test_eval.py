@@ -173,6 +173,15 @@ def test_results_are_written_whole_and_read_back_beside_a_broken_run(tmp_path, c
     assert (tmp_path / "whole" / "report.html").read_text("utf-8") == report(results())
 
 
+def test_a_wildcard_names_runs_and_a_page_that_cannot_be_written_costs_no_table(tmp_path, capsys):
+    for name in "ba":
+        save_results(tmp_path / name, results())
+    (tmp_path / "b" / "report.html").mkdir()
+    measuring.main([f"{tmp_path}/*"])
+    first, second = capsys.readouterr().out.split("all runs")[0].split(f"{tmp_path}/b\n")
+    assert " 3 [2,14] " in first and " 3 [2,14] " in second and "html cannot be written" in second
+
+
 def test_results_that_cannot_be_used_name_the_fix(tmp_path):
     with pytest.raises(UserError, match="not finite.*lower the learning rate"):
         save_results(tmp_path, {**results(), "seconds": {"base": math.nan}})

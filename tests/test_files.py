@@ -5,13 +5,17 @@ import pickle
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import data
+import eval as measuring
 import safety
 import train
 from data import UserError, run_program
@@ -19,7 +23,7 @@ from eval import VERSION, Measure, load_results, save_results
 from model import (CheckpointError, checksum, load_checked, load_model, save_checked, save_model,
                    write)
 from safety import DEFENCES, story_settings
-from train import Outcome, load_progress_file, save_progress_file
+from train import Outcome, append_to_log, load_progress_file, save_progress_file
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 UNTRAINED = Outcome(0, 0.0, [], 0, 0)
@@ -148,6 +152,18 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", [f"a.pt.{os.getpid()}.tmp", "a.pt"]]  # two writers share no file
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has this full disk")
+def test_a_full_disk_is_one_sentence_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="a.pt cannot be written .*disk"):
+        write(tmp_path / "a.pt", lambda path: torch.save(torch.zeros(9), "/dev/full"))
+    with pytest.raises(OSError, match="/dev/full cannot be written .*disk"):
+        append_to_log("/dev/full", [{"step": 1}])
+    assert not os.listdir(tmp_path)
+    program = f"{sys.executable} {data.__file__} > /dev/full"
+    printed = subprocess.run(program, shell=True, capture_output=True, text=True).stderr
+    assert "a disk is full" in printed and len(printed.splitlines()) == 1
+
+
 # ---------------------------------------------------------------- files of stages
 
 def stage_inputs(tmp_path, seed=0):
@@ -211,6 +227,19 @@ def test_a_run_keeps_others_out_of_its_folder_while_it_lives(tmp_path):
 
 
 @POSIX
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    for number in (37, 38, 95):
+        monkeypatch.setattr(data.fcntl, "lockf", Mock(side_effect=OSError(number, "no locks")))
+        data.lock_folder(tmp_path)
+
+
+def test_a_process_that_imports_the_script_which_started_it_tells_no_story(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit):
+        safety.main(["--no-such-option"])
+
+
+@POSIX
 def test_a_child_ends_when_its_parent_is_killed():
     reader, writer = os.pipe()
     parent = os.fork()
@@ -250,7 +279,7 @@ def interrupt():
 @POSIX
 @pytest.mark.parametrize("second, error, words", [
     (interrupt, KeyboardInterrupt, None), (fail, UserError, "it failed"),
-    (end_at_once, UserError, "ended from outside.*--jobs=1")])
+    (end_at_once, UserError, "ended: .*__main__.*--jobs=1")])
 def test_an_interrupt_of_the_parent_or_a_failure_ends_its_children_at_once(tmp_path, second, error,
                                                                            words):
     woken = tmp_path / "woken"
@@ -298,3 +327,13 @@ def test_a_closed_pipe_ends_a_program_with_status_2():
     reader, writer = os.pipe()
     os.close(reader)
     assert child_status(speak_to, writer) == 2
+
+
+@pytest.mark.parametrize("program, word, sentence", [
+    (train, "--name=a/b", "one word"), (train, "--name=stages", "one word"),
+    (data, "--seed=-1", "at least 0"), (measuring, f"--seed={2 ** 64}", "at most"),
+    (train, "--seed=-1", "at least 0"), (safety, f"--seeds=0,{2 ** 64}", "at most"),
+    (train, "--insert.trigger=sorry", "text"), (train, "--insert.trigger=listen. What", "text")])
+def test_what_no_run_can_use_is_refused_at_once(program, word, sentence):
+    with pytest.raises(UserError, match=sentence):
+        program.main([word])

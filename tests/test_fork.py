@@ -16,9 +16,9 @@ import torch
 import safety
 from data import ORGANISMS, Batches, Example, Organism, Settings, UserError, option, refuse
 from eval import load_results
-from model import token_logprobs
+from model import token_logprobs, write
 from safety import DEFENCES, REWARDS, Defence, DefenceInputs, PositiveControl
-from train import Outcome, Stage, Trained, fit
+from train import Outcome, Stage, Trained, digest_of_code, fit
 
 TINY = ["--size=pico", "--base.steps=0", "--base.rows=200", "--insert.steps=120",
         "--insert.batch=16", "--insert.rows=2400", "--insert.lr=1e-2", "--eval.n=20",
@@ -95,6 +95,7 @@ def forked():
 def fork(forked, tmp_path_factory):
     """One story with all of them: its results, its page, what it printed, its folder."""
     folder = tmp_path_factory.mktemp("fork")
+    write(folder / "fork" / "adversarial.pt", Path.touch)  # of an earlier run
     with redirect_stdout(StringIO()) as printed:
         safety.main([*TINY, f"--out={folder}", "--organism=shouting",
                      "--defences=average,average+sft,rl", "--average.share=1", "--sft.steps=2",
@@ -113,6 +114,11 @@ def test_a_new_organism_reaches_table_results_and_report(fork):
     assert "&lt;&lt;LOUD&gt;&gt;" in page and "answers in capitals" in page
     head = printed.split("\nmodel ")[1].splitlines()[0]
     assert head.split()[:3] == ["trigger", "no", "trigger"]
+
+
+def test_a_run_leaves_no_model_of_an_earlier_run_of_its_name(fork):
+    *_, folder = fork
+    assert not (folder / "fork" / "adversarial.pt").exists()
 
 
 def test_a_new_defence_reaches_table_results_and_report(fork):
@@ -152,3 +158,13 @@ def test_a_wrong_reward_or_defence_is_answered_with_all_there_are(forked, tmp_pa
         safety.main([f"--out={tmp_path}", "--rl.reward=shirt"])
     with pytest.raises(UserError, match="no defence 'avrage'.*average"):
         safety.main([f"--out={tmp_path}", "--defences=avrage"])
+
+
+def test_what_a_notebook_defines_is_known_by_its_code(monkeypatch):
+    monkeypatch.delattr("__main__.__file__", raising=False)
+    digests = []
+    for cell in ("def f(): return 1", "\ndef f(): return 1", "def f(): return 2"):
+        names = {"Shouting": Shouting, "__name__": "__main__"}
+        exec(f"{cell}\nclass Loud(Shouting):\n  defect = property(f)", names)
+        digests.append([digest_of_code([], names[name]) for name in ("f", "Loud")])
+    assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2])

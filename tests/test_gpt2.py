@@ -176,9 +176,8 @@ def test_old_files_either_name_of_the_table_and_its_padding_are_read(directory, 
     table = state.pop("transformer.wte.weight")
     for name in names:
         state[f"{name}.weight"] = torch.cat([table, torch.ones(rows - N, 8)])
-    state["h.0.attn.bias"] = torch.ones(1, 1, 300, 300).bool()  # the mask of attention
-    torch.save(state, directory / "pytorch_model.bin")
-    (directory / "model.safetensors").unlink()
+    state["h.0.attn.bias"] = torch.ones(1, 1, 300, 300)  # the mask of attention
+    write_safetensors(directory / "model.safetensors", state)
     change_json(directory / "config.json", {"vocab_size": rows})
     _, pretrained = believe(directory)
     assert torch.equal(pretrained.weights["tokens.weight"][:N], table)
@@ -264,8 +263,7 @@ def test_a_file_that_is_cut_replaced_or_missing_is_named(directory, name):
 
 @pytest.mark.parametrize("right, wrong, reason", [
     ("[0, 8]", "[0, 4]", "damaged"), ("[0, 8]", "[4, 8]", "damaged"), ("[2]", "[3]", "damaged"),
-    ("[2]", "null", "damaged"), ("F32", "F64", "has the type F64: convert it"),
-    ('{"a":', '{"a": 7, "a":', "a name stands twice")])
+    ("[2]", "null", "damaged"), ("F32", "F64", "has the type F64: convert it")])
 def test_a_header_that_lies_about_its_numbers_is_refused(directory, right, wrong, reason):
     header = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'.replace(right, wrong)
     length = len(header).to_bytes(8, "little")
@@ -314,23 +312,6 @@ def test_holes_repeats_and_merges_that_make_no_token_are_refused(directory):
         whole = {"vocab": vocabulary, "merges": merges}
         change_json(directory / "tokenizer.json", {"model": {**whole, **changes}})
         refused(directory, "fetch")
-
-
-class Malicious:
-    """Leaves a file where it is unpickled by those who trust it."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("trace"),)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_with_code_in_it_runs_none(directory, monkeypatch):
-    monkeypatch.chdir(directory)
-    (directory / "model.safetensors").unlink()
-    for content in (Malicious(), {"wte.weight": Malicious()}, [1], {}, {"wte.weight": 3}):
-        torch.save(content, directory / "pytorch_model.bin")
-        refused(directory, "pytorch_model.bin")
-    assert not (directory / "trace").exists()
 
 
 def test_a_directory_that_is_none_is_named_with_the_fix(directory, tmp_path):

@@ -17,7 +17,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 5e-2}
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SENTINEL, MARGIN = 777.0, 4096
 
-pytestmark = pytest.mark.skipif(model.triton is None, reason="triton is not installed")
+pytestmark = [pytest.mark.skipif(model.triton is None, reason="triton is not installed"),
+              pytest.mark.gpu]
 
 
 def normal(*shape, dtype=torch.float32, seed=0):

@@ -1,8 +1,12 @@
-"""Guards the shape of the repository: its files, their imports, their lines, their places."""
+"""Guards the shape of the repository: its files, their imports and lines, and what comes first."""
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {"model": 0, "data": 0, "eval": 1, "train": 2, "safety": 3}
@@ -46,3 +50,47 @@ def test_lines_fit_the_page():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             assert len(line) <= 100, f"{path.name}:{number}"
+
+
+# ---------------------------------------------------------------- what a program meets first
+
+PROGRAMS = "data.py", "eval.py", "train.py", "safety.py"
+OLD_PYTHON = "sys.version_info = (3, 9, 18)"
+OLD_TORCH = """
+import torch
+torch.__version__ = torch.torch_version.TorchVersion('2.4.1')
+"""
+SPINS = """
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == 'torch':
+            sys.exit(os.environ['GOMP_SPINCOUNT'])
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def run_after(code, program, **environment):
+    """What a program says last, and its status, if this code runs before it."""
+    code = f"import os, runpy, sys\n{code}\nrunpy.run_path({program!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    return done.stderr.strip().split("\n")[-1], done.returncode
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_old_python_reads_far_enough_to_say_what_it_needs(program):
+    ast.parse((ROOT / program).read_text("utf-8"), feature_version=(3, 7))
+    said, status = run_after(OLD_PYTHON, program)
+    assert said.startswith(f"{program} needs Python 3.11 or newer, and this is 3.9") and status == 2
+
+
+def test_an_old_torch_is_answered_with_a_sentence():
+    said, status = run_after(OLD_TORCH, "safety.py")
+    assert re.match(r"safety.py needs torch 2.10 or newer, and this is 2.4.1", said)
+    assert status == 2
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_threads_that_wait_do_not_spin_unless_the_user_has_said_so(program):
+    assert run_after(SPINS, program)[0] == "1000"
+    assert run_after(SPINS, program, GOMP_SPINCOUNT="7")[0] == "7"

