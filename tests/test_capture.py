@@ -352,6 +352,12 @@ def dead_replay(step, undo, generators):
     return list, step()
 
 
+def dead_updates(step, undo, generators):
+    if generators:  # it draws
+        return record(step, undo, generators)
+    return dead_replay(step, undo, generators)
+
+
 def no_capture(step, undo, generators):
     raise CaptureError("a step cannot be recorded")
 
@@ -385,6 +391,7 @@ def machine_of_a_gpu(monkeypatch, fused=RIGHT, capture=record, capability=(8, 0)
     ({"fused": (attention_reference, lost_key)}, "attention sdpa, because .*off by"),
     ({"fused": (None, None)}, "attention sdpa, because .*TypeError"),
     ({"capture": dead_replay}, "capture off, because .*does not do what the step does"),
+    ({"capture": dead_updates}, "capture off, because .*does not do what the step does"),
     ({"capture": no_capture}, "capture off, because .*cannot be recorded"),
     ({"fault": "no kernel image"}, "^cpu.* capture off .* device cpu, because .*no kernel image"),
     ({"capability": (7, 5)}, r"\| float32 \| capture on$"),
