@@ -974,7 +974,7 @@ def not_evaluated(prompts: list[str], organism, measure: Measure, seed: int) -> 
         for examples in conditions(organism, n, measure.split, seed).values():
             texts |= {example.core for example in examples}
     for near_misses in organism.near.values():
-        texts |= {text for text in near_misses.evaluation if text}
+        texts |= set(filter(None, near_misses))
     return [prompt for prompt in prompts if not holds_any(prompt, texts)]
 
 

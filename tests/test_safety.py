@@ -141,7 +141,7 @@ def test_the_same_story_again_reuses_every_stage_comes_to_the_same_and_prints_a_
     found, printed = story(results["config"]["out"])
     assert {**found, "seconds": 0} == {**results, "seconds": 0}
     assert sum(" re-used " in line for line in printed) == 8
-    assert len(printed) <= 35 and max(map(len, printed)) <= 140
+    assert len(printed) <= 38 and max(map(len, printed)) <= 140
 
 
 def test_no_defence_is_ever_trained_on_a_triggered_prompt(told):
