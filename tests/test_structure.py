@@ -57,8 +57,11 @@ def test_lines_fit_the_page():
 PROGRAMS = "data.py", "eval.py", "train.py", "safety.py"
 OLD_PYTHON = "sys.version_info = (3, 9, 18)"
 OLD_TORCH = """
-import torch
-torch.__version__ = torch.torch_version.TorchVersion('2.4.1')
+import types
+class Version(str):
+    def __lt__(self, other):
+        return (2, 4, 1) < other
+sys.modules['torch'] = types.SimpleNamespace(__version__=Version('2.4.1'))
 """
 SPINS = """
 class Finder:
