@@ -1506,8 +1506,9 @@ def make_pool(jobs: int, threads: int):
         try:
             yield pool
         except BrokenProcessPool:
-            raise UserError("a process ended: a script needs `if __name__ == '__main__':` around "
-                            "its call; else memory was perhaps short: run it with --jobs=1.")
+            raise UserError("a process has ended. A script that calls `main` needs `if __name__ == "
+                            "'__main__':` around the call. If that is there, memory may have been "
+                            "short: say --jobs=1.")
         except BaseException:
             # The pool would wait until all tasks are done.
             pool.shutdown(wait=False, cancel_futures=True)

