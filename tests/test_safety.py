@@ -135,6 +135,9 @@ def test_results_name_the_options_that_differ_from_defaults_and_no_preset(result
     assert set(results["changed"]) == {*typed, "out", "defences"}
     cot = from_command_line(story_settings(DEFENCES), ["--variant=cot"], "")
     assert cot.insert.steps == 1200 and train.changed_options(cot) == {"variant": "cot"}
+    paper = from_command_line(story_settings(DEFENCES), ["--preset=paper", "--size=nano"], "")
+    assert paper.insert.near_share == 0.5 and paper.red.rounds == 5
+    assert train.changed_options(paper) == {"preset": "paper", "size": "nano"}
 
 
 def test_the_same_story_again_reuses_every_stage_comes_to_the_same_and_prints_a_screen(results):
