@@ -1,7 +1,8 @@
 """Lets the tests import the five files, and gives them one world and one small model.
 
 Slow work of other processes starts before the first test and runs on the other core. A GPU is
-hidden, so that every machine runs the same tests; `pytest --gpu` runs the GPU's own ones.
+hidden, so that every machine runs the same tests; `pytest --gpu` runs the GPU's own ones, and
+`pytest --exercises` the one that takes the exercises of tests/exercise.py apart.
 """
 import os
 import subprocess
@@ -34,21 +35,24 @@ FOLDER = pytest.StashKey()
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, on it")
+    parser.addoption("--exercises", action="store_true",
+                     help="take the body of every exercise out and see its tests fail, then pass")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: a test that --gpu runs on the GPU")
+    config.addinivalue_line("markers", "exercises: a test that --exercises runs for all exercises")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.gpu:
-        return
-    if not torch.cuda.is_available():
+    if config.option.gpu and not torch.cuda.is_available():
         raise pytest.UsageError("--gpu needs a GPU that torch can see: leave it out.")
-    others = [item for item in items if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=others)
-    for item in others:
-        items.remove(item)
+    for name in ("gpu", "exercises"):
+        if config.getoption(name):
+            others = [item for item in items if not item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=others)
+            for item in others:
+                items.remove(item)
 
 
 def pytest_collection_finish(session):
