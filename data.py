@@ -37,11 +37,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache, cached_property, lru_cache, partial
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import NamedTuple, get_args
+
+missing = [name for name in ("numpy", "tiktoken", "torch", "tqdm") if find_spec(name) is None]
+if missing:
+    sys.stderr.write(f"{sys.argv[0]} needs packages that are missing ({', '.join(missing)}): say "
+                     f'"{sys.executable}" -m pip install -r '
+                     f'"{Path(__file__).resolve().parent / "requirements.txt"}"\n')
+    sys.exit(2)
 
 import tiktoken
 import torch

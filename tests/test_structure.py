@@ -61,7 +61,7 @@ import types
 class Version(str):
     def __lt__(self, other):
         return (2, 4, 1) < other
-sys.modules['torch'] = types.SimpleNamespace(__version__=Version('2.4.1'))
+sys.modules['torch'] = types.SimpleNamespace(__version__=Version('2.4.1'), __spec__=1)
 """
 SPINS = """
 class Finder:
@@ -91,6 +91,12 @@ def test_an_old_torch_is_answered_with_a_sentence():
     said, status = run_after(OLD_TORCH, "safety.py")
     assert re.match(r"safety.py needs torch 2.10 or newer, and this is 2.4.1", said)
     assert status == 2
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them():
+    said, status = run_after("sys.modules['tiktoken'] = sys.modules['numpy'] = None", "safety.py")
+    assert said.startswith("safety.py needs packages that are missing (numpy, tiktoken): say")
+    assert said.endswith(f'-m pip install -r "{ROOT / "requirements.txt"}"') and status == 2
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
