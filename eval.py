@@ -1011,7 +1011,7 @@ def pooled_table(runs: list[dict]) -> list[str]:
 # dashes are classes of the style sheet, so dark mode and print need no code here.
 WIDTH = 340  # of a drawing: half a page or a whole phone, so that text has one size on both
 STYLES = {  # of the curves; a dose figure shows only columns that have a style, to stay readable
-    "trigger": "defects", "near-misses": "defects dashed", "fresh": "defects dotted",
+    "trigger": "defects", "near-misses": "defects dashed", "found": "ink dashed",
     "helpful": "helps", "refuses harm": "helps dashed",
     "tag": "defects", "supervised": "ink", "generic": "ink dashed", "random": "neither dotted"}
 # What has an interval in the list of all numbers.
