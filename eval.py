@@ -1085,6 +1085,56 @@ def curves(series: dict[str, dict[float, Mark]], unit: str, ticks=("0", "50", "1
     return f'<svg viewBox="0 0 {WIDTH} 178" aria-hidden="true">{"".join(parts)}</svg>'
 
 
+def panel(title: str, series: dict[str, dict[float, Mark]], unit: str, ticks=("0", "50", "100%"),
+          styles=STYLES) -> str:
+    """`curves` under a title and a legend, 258 units high, as a part of a larger SVG."""
+    # The legend has two entries a line. Four lines fit above the drawing, which begins at 80.
+    legend = ""
+    for place, name in enumerate(series):
+        x = 170 * (place % 2)
+        y = 22 + 16 * (place // 2)
+        legend += (f'<g class="{styles.get(name, "ink")}"><path class="line" d="M{x} {y}h26"/>'
+                   f'<text x="{x + 32}" y="{y + 4}">{markup(name)}</text></g>')
+    return (f'<text class="panel">{markup(title)}</text>{legend}<svg y="80" width="{WIDTH}" '
+            f'height="178" viewBox="0 0 {WIDTH} 178">{curves(series, unit, ticks, styles)}</svg>')
+
+
+# What page.css says of each class, as attributes: a notebook shows a drawing without a style sheet.
+LINE = 'fill="none" stroke="currentColor"'
+PAINT = {
+    "panel": 'font-weight="600" text-anchor="start"', "grid": 'stroke="#dcd8cf"',
+    "tick": 'fill="#5d6269"', "end": 'text-anchor="end"', "line": f'{LINE} stroke-width="1.7"',
+    "whisker": f'{LINE} stroke-dasharray="none"', "dashed": 'stroke-dasharray="6 4"',
+    "dotted": 'stroke-dasharray="1.5 4"', "defects": 'color="#b3450c" text-anchor="start"',
+    "helps": 'color="#0a62a4" text-anchor="start"', "ink": 'color="#23262b" text-anchor="start"',
+    "neither": 'color="#6b7078" text-anchor="start"'}
+
+
+def painted(match) -> str:
+    """A class attribute as the attributes that its names stand for."""
+    return " ".join(PAINT[name] for name in match[1].split())
+
+
+class Figure(NamedTuple):
+    """A `panel` for a notebook, on white paper and with its colours written into it."""
+    title: str
+    series: dict[str, dict[float, Mark]]
+    unit: str
+    ticks: tuple[str, str, str] = ("0", "50", "100%")
+    styles: dict[str, str] = STYLES
+
+    def __repr__(self) -> str:
+        return f"Figure: {self.title}"
+
+    def _repr_svg_(self) -> str:
+        drawing = re.sub('class="([^"]*)"', painted, panel(*self))
+        drawing = drawing.replace("<circle", '<circle fill="currentColor"')
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 40} 290" '
+                'width="570" font-family="sans-serif" font-size="12.5"><rect width="100%" '
+                'height="100%" fill="#fff"/><g transform="translate(16 24)" text-anchor="middle">'
+                f'{drawing}</g></svg>')
+
+
 def panels(drawings: list[tuple[str, str, str]]) -> str:
     """Drawings (title, note, svg) side by side, each under its title; empty for none."""
     parts = []

@@ -26,8 +26,8 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 
 from data import UserError, run_program  # noqa: E402
 from eval import (STYLES, WIDTH, Count, Group, Mark, control_missed, count_of,  # noqa: E402
-                  count_under, curves, fate, groups_of_seeds, load_results, mark, markup,
-                  over_questions, student, total, write_text)
+                  count_under, fate, groups_of_seeds, load_results, mark, over_questions, panel,
+                  student, total, write_text)
 from model import checksum  # noqa: E402
 
 SUMMARY_VERSION = 2
@@ -575,20 +575,11 @@ def figure(groups: list[Group]) -> str:
         styles = STYLES
         if not series.keys() <= STYLES.keys():
             styles = dict(zip(series, SERIES_STYLES))
-        # The legend has two entries a line. Four lines fit above the drawing, which begins at 80.
-        legend = ""
-        for place, name in enumerate(series):
-            x = 170 * (place % 2)
-            y = 22 + 16 * (place // 2)
-            legend += (f'<g class="{styles[name]}"><path class="line" d="M{x} {y}h26"/>'
-                       f'<text x="{x + 32}" y="{y + 4}">{markup(name)}</text></g>')
         # Two panels a row.
         left = 20 + (WIDTH + 40) * (number % 2)
         top = 24 + 280 * (number // 2)
-        lines = curves(series, unit, styles=styles)
-        parts.append(f'<g transform="translate({left} {top})"><text class="panel">{markup(title)}'
-                     f'</text>{legend}<svg y="80" width="{WIDTH}" height="178" '
-                     f'viewBox="0 0 {WIDTH} 178">{lines}</svg></g>')
+        parts.append(f'<g transform="translate({left} {top})">'
+                     f'{panel(title, series, unit, styles=styles)}</g>')
     style = (FOLDER.parent / "page.css").read_text(encoding="utf-8")
     height = 280 * ((len(panels) + 1) // 2)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760">'
