@@ -51,7 +51,7 @@ READERS = {  # of a group of options, or of one option where it has others than 
     "eval.max_new": {"team_on_base", "sft", "rl", "adversarial"},
 }
 NO_READERS = """device attention precision capture check threads out name
-    relearn comeback defences controls jobs data seeds"""  # see Machine, and the folders
+    relearn comeback defences controls jobs data seeds preset"""  # see Machine, and the folders
 READERS |= dict.fromkeys(NO_READERS.split(), set())
 
 
