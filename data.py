@@ -44,6 +44,8 @@ from random import Random
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import NamedTuple, get_args
 
+# A missing package is named with the command that installs it, before an import fails with a
+# traceback. train.py and safety.py need tqdm, and torch needs numpy for files.
 missing = [name for name in ("numpy", "tiktoken", "torch", "tqdm") if find_spec(name) is None]
 if missing:
     sys.stderr.write(f"{sys.argv[0]} needs packages that are missing ({', '.join(missing)}): say "

