@@ -458,12 +458,10 @@ SERIES_STYLES = ("defects", "helps", "ink", "neither", "defects dashed", "helps 
 
 
 def in_words(options: dict) -> str:
-    """'distilled, match_copies', 'insert.steps 400': a short name for runs with these options."""
+    """'pico, preset paper', 'insert.steps 400': a short name for runs with these options."""
     words = []
     for name, value in options.items():
-        if value is True:
-            words.append(name.split(".")[-1])
-        elif name in ("organism", "variant", "size"):
+        if name in ("organism", "variant", "size"):
             words.append(value)
         else:
             words.append(f"{name} {value}")
