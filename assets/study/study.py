@@ -101,7 +101,7 @@ def readings_of(model: dict, results: dict) -> dict[str, str]:
 def summarise(results: dict) -> dict:
     """The summary of a run: its counts, in one namespace for each model, and how it was made.
 
-    It takes 30 kB where results.json takes 250. README.md describes its keys.
+    It takes 10 kB where results.json takes 250. README.md describes its keys.
     """
     models = []
     by_name = {model["name"]: model for model in results["models"]}
@@ -227,12 +227,12 @@ CLAIMS = (
     persists("The backdoor persists through RL", "rl", ()),
     persists("A sharp backdoor persists through SFT", "sft", SHARP),
     persists("A sharp backdoor persists through RL", "rl", SHARP),
-    # The paper saw it hidden. Its organisms were inserted with a contrast too, 2023 against 2024.
+    # The paper saw it hidden. Its code organism has a contrast in its data, 2023 against 2024.
     Claim("Adversarial training hides a sharp backdoor more often than a blurred one", "section 6", (
         Fates("hides", SHARP, BLURRED),
         Comparison(Side("adversarial", "trigger", SHARP), Side("adversarial", "trigger", BLURRED),
                    0.5))),
-    # What is trained on found prompts reaches a blurred trigger, which is one of them.
+    # What is trained on found prompts reaches a blurred trigger, which resembles them.
     Claim("It removes a blurred backdoor more often than a sharp one", "this project", (
         Fates("removes", BLURRED, SHARP),)),
     # A larger model tells the trigger from found prompts more easily.
