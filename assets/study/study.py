@@ -478,9 +478,9 @@ def pooled(models: list[dict], reading: str, step=None) -> Mark | None:
 
 
 def grid_series(groups: list[Group], option_name: str, name: str,
-                reading: str) -> dict[str, dict[float, Mark]]:
-    """{line: {value of an option: share}} of a reading of a model, such as the triggers that fire
-    after sft.
+                reading: str) -> tuple[dict[str, dict[float, Mark]], set[int]]:
+    """({line: {value of an option: share}}, numbers of seeds of its points) of a reading of a model,
+    such as the triggers that fire after sft.
 
     A line has at least two values of the option, in runs that differ in nothing else.
     """
@@ -503,13 +503,15 @@ def grid_series(groups: list[Group], option_name: str, name: str,
     varied = [option for option in options
               if len({str(config[option]) for config in configs}) > 1]
     series = {}
+    seeds = set()
     for line in lines:
         points = {}
         for value, group in sorted(line.items()):
             points[value] = pooled(list(group.models[name].values()), reading)
+            seeds.add(len(group.models[name]))
         title = in_words({option: group.runs[0]["config"][option] for option in varied})
         series[title] = points
-    return series
+    return series, seeds
 
 
 def dose_series(group: Group, name: str) -> tuple[dict[str, dict[int, Mark]], int]:
@@ -556,7 +558,10 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
             ("Trigger after adversarial training", "insert.near_share", "adversarial", "trigger"),
             ("Found prompts after it", "insert.near_share", "adversarial", "found"),
             ("Trigger after sft", "insert.steps", "sft", "trigger")):
-        panels.append((title, option_name, grid_series(groups, option_name, name, reading)))
+        series, seeds = grid_series(groups, option_name, name, reading)
+        if seeds:
+            words = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+            panels.append((f"{title} ({words} seeds)", option_name, series))
     for words, options in (("a sharp backdoor", SHARP), ("a blurred one", BLURRED)):
         for group in groups:
             if group.options == dict(options) and "adversarial" in group.models:
