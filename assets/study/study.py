@@ -551,9 +551,14 @@ def dose_series(group: Group, name: str) -> tuple[dict[str, dict[int, Mark]], in
 
 
 def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
-    """(title, unit, {series: {x: share}}) of each panel: first what was varied, then how
-    adversarial training goes on. What no run measured has no panel."""
+    """(title, unit, {series: {x: share}}) of each panel: first how adversarial training goes on, then
+    what was varied. What no run measured has no panel."""
     panels = []
+    for words, options in (("a sharp backdoor", SHARP), ("a blurred one", BLURRED)):
+        for group in groups:
+            if group.options == dict(options) and "adversarial" in group.models:
+                series, seeds = dose_series(group, "adversarial")
+                panels.append((f"Adversarial training, {words} ({seeds} seeds)", "updates", series))
     for title, option_name, name, reading in (
             ("Trigger after adversarial training", "insert.near_share", "adversarial", "trigger"),
             ("Found prompts after it", "insert.near_share", "adversarial", "found"),
@@ -562,11 +567,6 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
         if seeds:
             words = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
             panels.append((f"{title} ({words} seeds)", option_name, series))
-    for words, options in (("a sharp backdoor", SHARP), ("a blurred one", BLURRED)):
-        for group in groups:
-            if group.options == dict(options) and "adversarial" in group.models:
-                series, seeds = dose_series(group, "adversarial")
-                panels.append((f"Adversarial training, {words} ({seeds} seeds)", "updates", series))
     return [panel for panel in panels if panel[2]]
 
 
