@@ -104,10 +104,10 @@ def two_processes(pytestconfig):
 
 @pytest.fixture(scope="session")
 def two_exercises(pytestconfig):
-    """What pytest said of two exercises that it took apart, and its status."""
+    """pytest that took two exercises apart: its status, what it printed."""
     process = pytestconfig.stash[STARTED]["two_exercises"]
     printed, _ = process.communicate(timeout=300)
-    return printed, process.returncode
+    return process.returncode, printed
 
 
 @pytest.fixture(scope="session")

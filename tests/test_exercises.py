@@ -839,7 +839,7 @@ def test_bodies_that_are_out_fail_their_tests_and_pass_them_when_they_are_back(t
 
 
 def test_two_exercises_can_be_taken_apart(two_exercises):
-    printed, status = two_exercises
+    status, printed = two_exercises
     assert status == 0 and "1 passed" in printed, printed
 
 

@@ -565,8 +565,8 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
             ("Trigger after sft", "insert.steps", "sft", "trigger")):
         series, seeds = grid_series(groups, option_name, name, reading)
         if seeds:
-            words = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
-            panels.append((f"{title} ({words} seeds)", option_name, series))
+            numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+            panels.append((f"{title} ({numbers} seeds)", option_name, series))
     return [panel for panel in panels if panel[2]]
 
 
