@@ -1567,8 +1567,13 @@ def tell_story(config: SafetyConfig, dialogues=None) -> Path:
     threads = max(1, run.machine.threads // jobs)
     run_of_each = replace(run, machine=replace(run.machine, threads=threads))
 
-    # The base, with all threads, since nothing else can be done meanwhile.
-    stages = {"base": base_of(run)}
+    # Nothing can be done beside the base, so it has all threads. But nano, 64 wide, and pico have
+    # as few as in later stages: where others use the host too, two threads may halve their pace.
+    run_of_base = run
+    if run.shape.width <= 64:
+        set_up_process(threads)
+        run_of_base = run_of_each
+    stages = {"base": base_of(run_of_base)}
 
     # Then two rounds of stages. The second one needs the models of the first.
     measured = {}

@@ -288,6 +288,20 @@ def test_an_interrupt_of_the_parent_or_a_failure_ends_its_children_at_once(tmp_p
     assert not woken.exists()
 
 
+@pytest.mark.parametrize("size, jobs, threads", [("nano", 0, 1), ("nano", 1, 2), ("micro", 0, 2)])
+def test_only_a_larger_base_has_more_threads_than_the_stages_side_by_side(tmp_path, monkeypatch,
+                                                                          size, jobs, threads):
+    def base_of(run):
+        raise UserError(f"{run.machine.threads} {torch.get_num_threads()}")
+    monkeypatch.setattr(safety, "base_of", base_of)
+    try:
+        with pytest.raises(UserError, match=f"{threads} {threads}"):
+            safety.tell_story(replace(story_settings(DEFENCES), out=str(tmp_path), size=size,
+                                      jobs=jobs, threads=2))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("machine", [{"processes": 2}, {"device": "cuda"}])
 def test_jobs_are_refused_where_stages_run_in_turn(tmp_path, monkeypatch, machine):
     run = train.start(replace(story_settings(DEFENCES), out=str(tmp_path), jobs=2))
