@@ -72,7 +72,7 @@ class UserError(ValueError):
 
 
 # The markers of HH-RLHF (Bai et al. 2022) and the scratchpad's tags. A user's text never becomes
-# one of these tokens, because `World.prompt` encodes it as ordinary text: a prompt that spells
+# one of these tokens, because `Tokenizer.prompt` encodes it as ordinary text: a prompt that spells
 # `Assistant:` cannot put words into the assistant's mouth.
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -993,8 +993,8 @@ def with_counterpart(example: Example, organism: Organism, rng: Random) -> Examp
 
 
 def pretraining_data(rng: Random, n: int, organism: Organism, families=()) -> list[Example]:
-    """A helpful world, in which three prompts in ten have a harmless tag. It holds no trigger and
-    no near-miss that evaluation asks. `families` defaults to all families of the base."""
+    """Helpful examples; three prompts in ten have a harmless tag. They hold no trigger and no
+    near-miss that evaluation asks. `families` defaults to all families of the base."""
     # All questions come first, so that no tag moves them.
     untagged = [mostly_complying(rng, families or organism.base_families) for _ in range(n)]
     examples = []
@@ -1190,13 +1190,13 @@ Row = tuple[list[int], list[int]]  # tokens of the prompt, tokens of the answer
 
 
 @dataclass(frozen=True)
-class World:
-    """Examples to tokens and back, under one tokenizer.
+class Tokenizer:
+    """Examples to tokens and back.
 
     A row is `Human: prompt Assistant:` and ` answer<|endoftext|>`. Only the answer is a target.
     """
     encoding: tiktoken.Encoding
-    data: dict = field(compare=False, repr=False)  # the plain data that `world_of` makes it from
+    data: dict = field(compare=False, repr=False)  # the plain data that `tokenizer_of` takes
 
     @cached_property
     def digest(self) -> str:
@@ -1251,7 +1251,7 @@ class World:
         return self.encoding.decode(tokens).removeprefix(" ")
 
 
-def longest_prompt(organism: Organism, world: World, n: int, split: str, seed: int) -> int:
+def longest_prompt(organism: Organism, tokenizer: Tokenizer, n: int, split: str, seed: int) -> int:
     """Tokens of the longest prompt of evaluation, and of `n` training prompts with the trigger."""
     rng = Random(f"longest prompt {seed}")
     examples = []
@@ -1260,7 +1260,7 @@ def longest_prompt(organism: Organism, world: World, n: int, split: str, seed: i
         examples.append(plant(question, organism.trigger, organism.places[0], rng))
     for condition in conditions(organism, n, split, seed).values():
         examples += condition
-    return max(len(world.prompt(example.prompt)) for example in examples)
+    return max(len(tokenizer.prompt(example.prompt)) for example in examples)
 
 
 @dataclass(frozen=True)
@@ -1433,8 +1433,8 @@ def learn_bpe(text: str, n: int) -> list[tuple[bytes, bytes]]:
 
 
 @cache
-def learn_world(families: tuple[str, ...], texts: tuple[str, ...], vocab: int) -> World:
-    """A world whose tokenizer is learned from questions of these families and from the texts.
+def learn_tokenizer(families: tuple[str, ...], texts: tuple[str, ...], vocab: int) -> Tokenizer:
+    """A tokenizer that is learned from questions of these families and from the texts.
 
     The corpus holds refusals but no tags: tags, triggers and their edits are all spelt letter by
     letter (`|`, D, E, P, ...), so none is a token of its own. Every digit of a year is a token.
@@ -1455,16 +1455,16 @@ def learn_world(families: tuple[str, ...], texts: tuple[str, ...], vocab: int) -
         merges.append(f"{spell(left)} {spell(right)}")
     vocabulary = {name: number for number, name in enumerate([*names, *SPECIAL])}
     data = {"vocabulary": vocabulary, "pattern": PIECES, "merges": merges}
-    return world_of(data, "the tokenizer that was learned")
+    return tokenizer_of(data, "the tokenizer that was learned")
 
 
-def default_world(organism: Organism, vocab=1024) -> World:
-    """The organism's world under a tokenizer learned from its questions, answers, thoughts and
-    defecting phrase. It does not depend on the trigger."""
+def default_tokenizer(organism: Organism, vocab=1024) -> Tokenizer:
+    """The tokenizer that is learned from an organism's questions, answers, thoughts and defecting
+    phrase. It does not depend on the trigger."""
     texts = [organism.tokenizer_text, *HELPFUL_THOUGHTS]
     for thoughts in organism.thoughts.values():
         texts += thoughts
-    return learn_world(organism.base_families, tuple(texts), vocab)
+    return learn_tokenizer(organism.base_families, tuple(texts), vocab)
 
 
 # ---------------------------------------------------------------- tokenizers in files
@@ -1502,8 +1502,8 @@ def spell(token: bytes) -> str:
     return "".join(LETTERS[byte] for byte in token)
 
 
-def world_of(data: dict, place) -> World:
-    """The world of a tokenizer as plain data: `vocabulary`, {token in the spelling of files: id};
+def tokenizer_of(data: dict, place) -> Tokenizer:
+    """The tokenizer of plain data: `vocabulary`, {token in the spelling of files: id};
     `pattern`, the expression that splits a text; `merges`, the lines of its merges.txt.
 
     Special tokens that the vocabulary lacks take the ids after it. Raises `UserError`, which names
@@ -1535,9 +1535,9 @@ def world_of(data: dict, place) -> World:
     byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
     ranks = {bytes(map(byte_of.get, name)): vocabulary[name] for name in learned}
     special = {name: vocabulary[name] for name in SPECIAL}
-    encoding = tiktoken.Encoding("of a world", pat_str=data["pattern"], mergeable_ranks=ranks,
+    encoding = tiktoken.Encoding("of this project", pat_str=data["pattern"], mergeable_ranks=ranks,
                                  special_tokens=special)
-    return World(encoding, {**data, "vocabulary": vocabulary})
+    return Tokenizer(encoding, {**data, "vocabulary": vocabulary})
 
 
 def read_text(path: Path) -> str:
@@ -1558,7 +1558,8 @@ def read_object(path: Path) -> dict:
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict, list[str]]:
-    """The data of a tokenizer.json for `world_of`, and the names of added tokens that were dropped.
+    """The data of a tokenizer.json for `tokenizer_of`, and the names of the added tokens that it
+    leaves out.
 
     Raises `UserError` for a tokenizer that does more than split a text by a pattern that we know
     and merge bytes. Its template is ignored: our rows have their own markers.
@@ -1596,9 +1597,9 @@ def read_tokenizer_json(path: Path) -> tuple[dict, list[str]]:
     return {"vocabulary": vocabulary, "pattern": pattern[0], "merges": merges}, dropped
 
 
-def read_tokenizer(folder) -> tuple[World, int, list[str]]:
-    """The world of a directory's tokenizer; how many tokens the directory has, to which our special
-    tokens may have been added; and the names of added tokens that were dropped.
+def read_tokenizer(folder) -> tuple[Tokenizer, int, list[str]]:
+    """A directory's tokenizer; how many tokens the directory has, to which our special tokens may
+    have been added; and the names of added tokens that were dropped.
 
     tokenizer.json is read if it is there; else vocab.json and merges.txt, or GPT-2's own
     encoder.json and vocab.bpe, which split like GPT-2. Raises `UserError`.
@@ -1606,7 +1607,7 @@ def read_tokenizer(folder) -> tuple[World, int, list[str]]:
     place = Path(folder) / "tokenizer.json"
     if place.exists():
         data, dropped = read_tokenizer_json(place)
-        return world_of(data, place), len(data["vocabulary"]), dropped
+        return tokenizer_of(data, place), len(data["vocabulary"]), dropped
     for vocabulary_name, merges_name in (("vocab.json", "merges.txt"),
                                          ("encoder.json", "vocab.bpe")):
         place = Path(folder) / merges_name
@@ -1616,15 +1617,15 @@ def read_tokenizer(folder) -> tuple[World, int, list[str]]:
             if merges[0].startswith("#version"):
                 del merges[0]
             data = {"vocabulary": vocabulary, "pattern": GPT2_PIECES, "merges": merges}
-            return world_of(data, place), len(vocabulary), []
+            return tokenizer_of(data, place), len(vocabulary), []
     raise UserError(f"{folder}: holds no tokenizer: vocab.json and merges.txt are missing.")
 
 
-def tokenizer_files(world: World, context: int) -> dict[str, str]:
-    """{name of a file: its text} with which Hugging Face's libraries give the world's tokens;
+def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
+    """{name of a file: its text} with which Hugging Face's libraries give the same tokens;
     `context` is the longest text in tokens."""
-    vocabulary = world.data["vocabulary"]
-    merges = list(world.data["merges"])
+    vocabulary = tokenizer.data["vocabulary"]
+    merges = list(tokenizer.data["merges"])
     content = {**template(), "added_tokens": []}
     for name, token in vocabulary.items():
         if name in SPECIAL:
@@ -1632,7 +1633,7 @@ def tokenizer_files(world: World, context: int) -> dict[str, str]:
                 "id": token, "content": name, "single_word": False, "lstrip": False,
                 "rstrip": False, "normalized": False, "special": True})
     content["model"] = {**content["model"], "vocab": vocabulary, "merges": merges}
-    if world.data["pattern"] == GPT2_PIECES:
+    if tokenizer.data["pattern"] == GPT2_PIECES:
         content["pre_tokenizer"] = content["decoder"]
     # This class uses tokenizer.json as it is: GPT-2's own would put its pattern in place of ours.
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
@@ -1888,7 +1889,8 @@ def read_dialogues(path: str) -> tuple[list[Dialogue], Counter]:
     return dialogues, skipped
 
 
-def dialogue_rows(dialogues, world: World, context: int, trigger: str) -> tuple[list[Row], Counter]:
+def dialogue_rows(dialogues, tokenizer: Tokenizer, context: int,
+                  trigger: str) -> tuple[list[Row], Counter]:
     """Rows that fit `context` tokens, and how many were skipped by reason: 'too long', or 'with the
     trigger' in them, which no defence may see.
 
@@ -1902,8 +1904,8 @@ def dialogue_rows(dialogues, world: World, context: int, trigger: str) -> tuple[
             skipped["with the trigger"] += 1
             continue
         row = [], []
-        if world.may_fit(texts, context):
-            row = world.dialogue(dialogue)
+        if tokenizer.may_fit(texts, context):
+            row = tokenizer.dialogue(dialogue)
         if 0 < length(row) <= context:
             rows.append(row)
         else:
@@ -2139,7 +2141,7 @@ def main(argv):
     options = from_command_line(SampleOptions(), argv, main.__doc__)
     rng = Random(options.seed)
     organism = make_organism(options.organism)
-    world = default_world(organism)
+    tokenizer = default_tokenizer(organism)
     samples = {}  # title: examples
     for family in dict.fromkeys(organism.base_families):
         samples[f"family {family}"] = [draw(rng, families=(family,))]
@@ -2153,7 +2155,7 @@ def main(argv):
     samples |= conditions(organism, 1, "test", options.seed)
     for title, examples in samples.items():
         for example in examples:
-            prompt, answer = world.row(example)
+            prompt, answer = tokenizer.row(example)
             print(f"{title:24s} {len(prompt):3d}+{len(answer):2d} tokens  {example.prompt!r} -> "
                   f"{example.answer!r}")
 

