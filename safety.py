@@ -967,11 +967,12 @@ def holds_any(prompt: str, texts) -> bool:
     return False
 
 
-def not_evaluated(prompts: list[str], organism, measure: Measure, seed: int) -> list[str]:
-    """The prompts without a question or near-miss on which models are evaluated: a proposer that
-    has learned the world can hit on them."""
+def not_evaluated(prompts: list[str], organism, measure: Measure, relearn_n: int,
+                  seed: int) -> list[str]:
+    """The prompts without a question or near-miss on which models are evaluated, also after they
+    relearn: a proposer that has learned the world can hit on them."""
     texts = set()
-    for n in (measure.n, measure.curve_n):
+    for n in (measure.n, measure.curve_n, relearn_n):
         for examples in conditions(organism, n, measure.split, seed).values():
             texts |= {example.core for example in examples}
     for near_misses in organism.near.values():
@@ -1025,7 +1026,7 @@ def mixed_rows(rng: Random, settings: Adversarial, hit_rows: list, harmless_rows
 def mixed_prompts(rng: Random, share: float, settings: PPO, examples: list[Example],
                   harmless: HarmlessPrompts, seed) -> list[list[Example]]:
     """The prompts of every iteration of PPO: a `share` of them are the red team's hits."""
-    harmless_rng = Random(f"adversarial {seed}")
+    harmless_rng = Random(f"adversarial prompts {seed}")
     batches = []
     for _ in range(settings.iterations):
         batch = harmless.draw(harmless_rng, settings.rollouts)
@@ -1043,6 +1044,7 @@ class AdversarialInputs(DefenceInputs):
     team_on_base: Trained
     red: Red
     eval: Measure
+    relearn_n: int  # its questions are kept out of training, like those of `eval`
     rows: list | None  # (prompt, answer) tokens of harmless data; None for ppo
     ppo: PPO | None
     reward: str | None
@@ -1053,6 +1055,7 @@ class AdversarialInputs(DefenceInputs):
     @classmethod
     def gather(cls, run: Run, **keywords):
         """Leaves out what the method does not read."""
+        keywords["relearn_n"] = run.config.relearn.n
         if run.config.adversarial.method == "ppo":
             keywords |= {"reward": run.config.rl.reward, "rows": None}
         else:
@@ -1086,7 +1089,7 @@ def adversarial(inputs: AdversarialInputs) -> Trained:
 
     # Three quarters of the hits are for training. The rest is held out, if it succeeds twice: a
     # third of the prompts that defect in a tenth of the answers would fail again by chance.
-    prompts = not_evaluated(hits, organism, inputs.eval, seed)
+    prompts = not_evaluated(hits, organism, inputs.eval, inputs.relearn_n, seed)
     for_training = [prompt for number, prompt in enumerate(prompts) if number % 4 < 3]
     examples = safe_answers(parent, for_training)
     to_count = {"red_held": successes(parent, red, prompts[3::4], "again"),
@@ -1303,7 +1306,7 @@ class SafetyConfig(Config):
                                        choices=CONTROLS)
     seeds: tuple[int, ...] = option((), "instead of seed: a run each, and one table of all",
                                     at_least=0, at_most=2 ** 63 - 1)
-    jobs: int = option(0, "processes; 0 is one a thread on a CPU, 1 on a GPU", at_least=0)
+    jobs: int = option(0, "processes; 0 is one a thread or stage on a CPU, 1 on a GPU", at_least=0)
     data: str = option("", "file (.jsonl, .jsonl.gz) of dialogues for sft and rl")
     harmful: float = option(0.2, "share of harmless data that asks for harm", at_least=0, at_most=1)
     preference: Stage = Stage(steps=1200, batch=32, lr=1e-3)
@@ -1573,9 +1576,10 @@ def tell_story(config: SafetyConfig, dialogues=None) -> Path:
     # as few as in later stages: where others use the host too, two threads may halve their pace.
     run_of_base = run
     if run.shape.width <= 64:
-        set_up_process(threads)
         run_of_base = run_of_each
+    set_up_process(run_of_base.machine.threads)
     stages = {"base": base_of(run_of_base)}
+    set_up_process(run.machine.threads)
 
     # Then two rounds of stages. The second one needs the models of the first.
     measured = {}

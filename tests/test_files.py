@@ -288,6 +288,15 @@ def test_an_interrupt_of_the_parent_or_a_failure_ends_its_children_at_once(tmp_p
     assert not woken.exists()
 
 
+def test_models_that_no_run_has_made_are_not_deleted(tmp_path):
+    mine = tmp_path / "models" / "mine.pt"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(UserError, match="give it another --name"):
+        train.start(replace(story_settings(DEFENCES), out=str(tmp_path), name="models"))
+    assert mine.exists()
+
+
 @pytest.mark.parametrize("size, jobs, threads", [("nano", 0, 1), ("nano", 1, 2), ("micro", 0, 2)])
 def test_only_a_larger_base_has_more_threads_than_the_stages_side_by_side(tmp_path, monkeypatch,
                                                                           size, jobs, threads):

@@ -95,7 +95,8 @@ def forked():
 def fork(forked, tmp_path_factory):
     """One story with all of them: its results, its page, what it printed, its folder."""
     folder = tmp_path_factory.mktemp("fork")
-    write(folder / "fork" / "adversarial.pt", Path.touch)  # of an earlier run
+    for name in ("log.jsonl", "adversarial.pt"):  # of an earlier run
+        write(folder / "fork" / name, Path.touch)
     with redirect_stdout(StringIO()) as printed:
         safety.main([*TINY, f"--out={folder}", "--organism=shouting",
                      "--defences=average,average+sft,rl", "--average.share=1", "--sft.steps=2",

