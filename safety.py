@@ -1561,9 +1561,9 @@ def tell_story(config: SafetyConfig, dialogues=None) -> Path:
                         f"{PROPOSER_PPO.max_new} tokens: lower it or take a larger size.")
     data = harmless_data_of(run, dialogues)
 
-    # Stages run side by side, a thread for each unless `--jobs` says otherwise: a nano model gains
-    # little from a second thread (1.2x), and a second process doubles the pace. A GPU works in
-    # turn, and so does torchrun, which has shared out the rows of every batch.
+    # Stages run side by side, as many as there are threads unless `--jobs` says otherwise: a nano
+    # model gains little from a second thread (1.2x), and a second process doubles the pace. A GPU
+    # works in turn, and so does torchrun, which has shared out the rows of every batch.
     jobs = 1
     if run.machine.device == "cpu" and run.machine.processes == 1:
         jobs = config.jobs or min(run.machine.threads, max(map(len, rounds_of(config))))

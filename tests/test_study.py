@@ -258,7 +258,7 @@ def test_finished_runs_are_added_to_the_table_and_the_rest_of_the_readme_stays(
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n\n<!-- study -->\n| claim |")
     assert text.endswith("\n<!-- /study -->\n\nrest\n")
-    assert "4 runs of 3 kinds" in text and "old" not in text
+    assert "4 runs of 3 settings" in text and "old" not in text
     drawing = (folder / "study.svg").read_text("utf-8")
     assert drawing.count("<circle") == 3 and ">Trigger after sft (1 to 2 seeds)<" in drawing
     names = ["run-200-0", "run-400-0", "run-800-0", "run-800-1"]

@@ -643,7 +643,7 @@ def claims_table(groups: list[Group]) -> str:
     hours = sum(run["seconds"] * run["machine"]["threads"] for run in runs) / 3600
     versions = sorted({run["machine"]["torch"] for run in runs})
     lines += ["", f"Sections are those of Hubinger et al. 2024. {len(runs)} runs of {len(groups)} "
-                  f"kinds, {hours:.1f} hours of one thread; torch {', '.join(versions)}."]
+                  f"settings, {hours:.1f} hours of one thread; torch {', '.join(versions)}."]
     return "\n".join(lines)
 
 
