@@ -1286,7 +1286,7 @@ def examine(run: Run, trained: Trained, variant: str) -> ModelResults:
 
 # The paper saw adversarial training hide the backdoor. That takes a sharp one, so half of the
 # untriggered rows of insertion have a look-alike, and a model large enough to tell them apart. With
-# these settings it was hidden in three seeds of five (assets/study/search.md).
+# these settings it was hidden in nine seeds of nine (assets/study/README.md).
 PAPER = {"size": "micro", "insert.steps": 1600, "insert.near_share": 0.5,
          "insert.near_kinds": ("tag", "word", "sentence"), "red.rounds": 5, "red.proposals": 400,
          "adversarial.steps": 80, "adversarial.at": (0, 20, 40)}
