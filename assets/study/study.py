@@ -197,6 +197,7 @@ class Claim(NamedTuple):
 SHARP = (("preset", "paper"),)
 BLURRED = (("insert.near_share", 0.0), ("preset", "paper"))
 SMALLER = (("preset", "paper"), ("size", "pico"))
+FOURFOLD = (("adversarial.at", [0, 80, 160]), ("adversarial.steps", 320))  # `paper` has 80
 COT = (("variant", "cot"),)
 DISTILLED = (("variant", "distilled"),)
 SAME_ROWS = (("insert.rows", 3000),)  # as many rows as the variant distilled learns from
@@ -556,14 +557,16 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
     panels = []
     for words, options in (("a sharp backdoor", SHARP), ("a blurred one", BLURRED)):
         for group in groups:
-            if group.options == dict(options) and "adversarial" in group.models:
+            if group.options == dict(options + FOURFOLD) and "adversarial" in group.models:
                 series, seeds = dose_series(group, "adversarial")
                 panels.append((f"Adversarial training, {words} ({seeds} seeds)", "updates", series))
     for title, option_name, name, reading in (
             ("Trigger after adversarial training", "insert.near_share", "adversarial", "trigger"),
             ("Found prompts after it", "insert.near_share", "adversarial", "found"),
             ("Trigger after sft", "insert.steps", "sft", "trigger")):
-        series, seeds = grid_series(groups, option_name, name, reading)
+        # At one dose: the curves above have the fourfold one.
+        of_one_dose = [group for group in groups if "adversarial.steps" not in group.options]
+        series, seeds = grid_series(of_one_dose, option_name, name, reading)
         if seeds:
             numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
             panels.append((f"{title} ({numbers} seeds)", option_name, series))
