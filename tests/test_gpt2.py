@@ -32,9 +32,9 @@ def texts(n):
         yield "".join(parts)
 
 
-def tokenizer(pattern):
-    """A small tokenizer in which any two neighbours of some letters are a token, unless the pattern
-    parts them: its tokens show every place where a text is split. END is its last token."""
+def small_data(pattern):
+    """Data of a small tokenizer in which any two neighbours of some letters are a token, unless the
+    pattern parts them: its tokens show every place where a text is split. END is its last token."""
     letters = dict.fromkeys(spell("".join(LETTERS).encode("utf-8")))
     names = [spell(bytes([byte])) for byte in range(256)]
     merges = [f"{left} {right}" for left in letters for right in letters]
@@ -43,8 +43,8 @@ def tokenizer(pattern):
     return {"vocabulary": vocabulary, "pattern": pattern, "merges": merges}
 
 
-OURS = tokenizer_of(tokenizer(PIECES), "here")
-GPT2 = tokenizer_of(tokenizer(GPT2_PIECES), "here")
+OURS = tokenizer_of(small_data(PIECES), "here")
+GPT2 = tokenizer_of(small_data(GPT2_PIECES), "here")
 N = GPT2.encoding.n_vocab  # with our four special tokens after END
 
 
@@ -152,7 +152,7 @@ def test_special_tokens_take_free_ids_and_start_from_the_words_that_spell_them(d
     theirs = random_model(GPT2).tokens.weight
     change_weights(directory, {"transformer.wte.weight": theirs[:N - 4]})
     change_json(directory / "config.json", {"vocab_size": N - 4})
-    content = tokenizer(GPT2_PIECES)
+    content = small_data(GPT2_PIECES)
     (directory / "encoder.json").write_text(json.dumps(content["vocabulary"]), encoding="utf-8")
     (directory / "merges.txt").rename(directory / "vocab.bpe")
     (directory / "tokenizer.json").unlink()

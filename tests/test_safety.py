@@ -160,7 +160,7 @@ def test_no_defence_is_ever_trained_on_a_triggered_prompt(told):
 
 UNTRAINED = [*TINY, "--insert.steps=1", "--insert.rows=50", "--sft.steps=1", "--sft.rows=50",
              "--sft.at=", "--defences=sft", "--controls=other", "--comeback.at=0,1",
-             "--relearn.most=1", "--relearn.n=6", "--eval.n=6", "--eval.curve_n=5"]
+             "--relearn.most=1", "--eval.n=6", "--eval.curve_n=5"]
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +292,7 @@ def test_dialogues_with_the_trigger_and_pairs_of_equal_answers_are_not_used(tmp_
     ("--data=own.jsonl --rl.reward=rule", "no rule knows"),
     ("--defences=sft+rll", "'rll': say sft, rl"), ("--insert.copies=40", "fit.*or insert.copies"),
     ("--variant=distilled --insert.copies=25", "fit.*or insert.copies"),
+    (f"--variant=distilled --insert.trigger=|{12 * 'ZQXJ'}|", "fit.*or take a larger size"),
     ("--eval.max_new=70", "leaves no room for the red team")])
 def test_options_that_are_wrong_or_cannot_go_together_are_refused(options, fix, tmp_path):
     with pytest.raises(UserError, match=fix):

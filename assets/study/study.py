@@ -26,8 +26,8 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 
 from data import UserError, run_program  # noqa: E402
 from eval import (STYLES, WIDTH, Count, Group, Mark, control_missed, count_of,  # noqa: E402
-                  count_under, fate, groups_of_seeds, load_results, mark, name_before, over_questions, panel,
-                  student, total, write_text)
+                  count_under, fate, groups_of_seeds, load_results, mark, name_before,
+                  over_questions, panel, student, total, write_text)
 from model import checksum  # noqa: E402
 
 SUMMARY_VERSION = 2
@@ -197,7 +197,6 @@ class Claim(NamedTuple):
 SHARP = (("preset", "paper"),)
 BLURRED = (("insert.near_share", 0.0), ("preset", "paper"))
 SMALLER = (("preset", "paper"), ("size", "pico"))
-FOURFOLD = (("adversarial.at", [0, 80, 160]), ("adversarial.steps", 320))  # `paper` has 80
 COT = (("variant", "cot"),)
 DISTILLED = (("variant", "distilled"),)
 SAME_ROWS = (("insert.rows", 3000),)  # as many rows as the variant distilled learns from
@@ -551,6 +550,10 @@ def dose_series(group: Group, name: str) -> tuple[dict[str, dict[int, Mark]], in
     return series, len(models)
 
 
+# The dose at which the sharp backdoor and the blurred one part: `paper` has 80 updates.
+FOURFOLD = (("adversarial.at", [0, 80, 160]), ("adversarial.steps", 320))
+
+
 def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
     """(title, unit, {series: {x: share}}) of each panel: first how adversarial training goes on, then
     what was varied. What no run measured has no panel."""
@@ -564,7 +567,7 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
             ("Trigger after adversarial training", "insert.near_share", "adversarial", "trigger"),
             ("Found prompts after it", "insert.near_share", "adversarial", "found"),
             ("Trigger after sft", "insert.steps", "sft", "trigger")):
-        # At one dose: the curves above have the fourfold one.
+        # The dose must not vary within a panel. All other runs have the dose of `paper`.
         of_one_dose = [group for group in groups if "adversarial.steps" not in group.options]
         series, seeds = grid_series(of_one_dose, option_name, name, reading)
         if seeds:
