@@ -567,7 +567,7 @@ def panels_of(groups: list[Group]) -> list[tuple[str, str, dict]]:
             ("Trigger after adversarial training", "insert.near_share", "adversarial", "trigger"),
             ("Found prompts after it", "insert.near_share", "adversarial", "found"),
             ("Trigger after sft", "insert.steps", "sft", "trigger")):
-        # The dose must not vary within a panel. All other runs have the dose of `paper`.
+        # The dose must not vary within a panel.
         of_one_dose = [group for group in groups if "adversarial.steps" not in group.options]
         series, seeds = grid_series(of_one_dose, option_name, name, reading)
         if seeds:
